@@ -26,11 +26,7 @@ _log = logging.getLogger(__name__)
 
 def decodes_by_rows(policy: Policy) -> bool:
     """Whether row_decoding.py decodes, not decoding.py: on a GPU, unless layers carry a state."""
-    if policy.device.type != "cuda":
-        return False
-    if policy.is_recurrent:
-        _log.info("layers of this model carry a state, so the embedded engine decodes it without CUDA graphs")
-    return not policy.is_recurrent
+    return policy.device.type == "cuda" and not policy.is_recurrent
 
 
 class BatchSampler(Protocol):
@@ -61,6 +57,8 @@ class Generator:
             self._memory = CacheMemory(
                 self._model, free or partial(free_bytes, policy.device), on_eviction=self._rows.release
             )
+        elif policy.device.type == "cuda":
+            _log.info("layers of this model carry a state, so the embedded engine decodes it without CUDA graphs")
         self._counters = {"inference/rows_prefill": 0.0, "inference/rows_decode": 0.0}
 
     def take_counters(self) -> dict[str, float]:

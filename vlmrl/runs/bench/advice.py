@@ -1,4 +1,5 @@
-"""What a person could set to make a step faster: one small rule per piece of advice.
+"""What a person could set to make a step faster: one small rule per piece of advice. placement.py has those about which
+devices sample and train.
 
 A rule looks at `Measured` and returns an `Advice` with the seconds of a step that it is about, or None. Its settings
 are key=value, as on the command line; they exist, and preflight accepts them next to the run's own
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from vlmrl.config.inference import VllmConfig
 from vlmrl.config.program import ProgramConfig, ProgramResult
@@ -20,14 +20,17 @@ from vlmrl.config.trainer import Packing, Sharding
 from vlmrl.config.verifiers import VerifiersConfig
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, InProcessSyncConfig, NcclSyncConfig
 from vlmrl.preflight.estimate.memory import learning_bytes
-from vlmrl.runs.bench.activity import DRAWING, PROGRAMS, RENDERING, SAMPLING, SCORING, TASK
+from vlmrl.runs.bench.activity import DRAWING, PROGRAMS, RENDERING, SCORING, TASK
+from vlmrl.runs.bench.finding import FULL, STANDS_OUT, Advice, gib, percent, stands_out
 from vlmrl.runs.bench.measured import Measured
-
-STANDS_OUT = 0.1
-"""A part of a step below this share is left alone."""
-
-FULL = 0.9
-"""Share of the trainer's memory that advice may fill: the allocator needs the rest."""
+from vlmrl.runs.bench.placement import (
+    roll_out_further_ahead,
+    sample_and_train_at_once,
+    sample_in_the_trainer,
+    train_on_spare_gpus,
+    use_decode_graphs,
+    use_spare_gpus,
+)
 
 LARGEST_FACTOR = 8
 """The most that a micro-batch is advised to grow at a time."""
@@ -39,109 +42,10 @@ RECOMPUTED = 1 / 4
 """Share of a training step that computes layers again, with trainer.activation_checkpointing: a third of the rest."""
 
 
-@dataclass(frozen=True)
-class Advice:
-    """A piece of advice."""
-
-    seconds: float
-    """Of a step: the part that it is about, not what it will save."""
-    finding: str
-    """A sentence with the number that convinced us."""
-    settings: tuple[str, ...]
-    """`key=value` each. Empty where no key helps."""
-
-
 def advice_for(found: Measured) -> list[Advice]:
     """All advice for a run, the largest part of its step first."""
     made = [advice for rule in RULES if (advice := rule(found)) is not None]
     return sorted(made, key=lambda advice: -advice.seconds)
-
-
-def _percent(found: Measured, seconds: float) -> str:
-    return f"{found.share(seconds):.0%} of a step"
-
-
-def _stands_out(found: Measured, seconds: float) -> bool:
-    return found.share(seconds) >= STANDS_OUT
-
-
-# ── sampler and trainer ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def sample_and_train_at_once(found: Measured) -> Advice | None:
-    """Servers and the trainer take turns in an on-policy run, so each waits for the other."""
-    saved = min(found.rollouts, found.times.training)
-    if found.is_asynchronous or not isinstance(found.config.inference, VllmConfig) or not _stands_out(found, saved):
-        return None
-    if found.memory.server_share or found.config.trainer.max_steps < 2:  # one GPU does one thing at a time
-        return None
-    return Advice(
-        saved,
-        f"rollouts and training take turns, and at once they would save up to {_percent(found, saved)}",
-        ("orchestrator.max_staleness=1",),
-    )
-
-
-def roll_out_further_ahead(found: Measured) -> Advice | None:
-    """The servers of an asynchronous run wait for the trainer, although the trainer waits for them too."""
-    idle, waiting = found.times.idle, found.times.waiting
-    if not found.is_asynchronous or not (_stands_out(found, idle) and _stands_out(found, waiting)):
-        return None
-    staleness = found.config.orchestrator.max_staleness + 1
-    if staleness >= found.config.trainer.max_steps:
-        return None
-    return Advice(
-        idle,
-        f"the engine has no rollout for {_percent(found, idle)}, and the trainer then waits for rollouts",
-        (f"orchestrator.max_staleness={staleness}",),
-    )
-
-
-def use_spare_gpus(found: Measured) -> Advice | None:
-    """Sampling bounds the step, and the machine has GPUs that nothing uses."""
-    own = found.config.inference
-    if not isinstance(own, VllmConfig) or not own.starts_servers:
-        return None
-    spare = found.spare_gpus // (own.tensor_parallel_size * own.data_parallel_size)
-    seconds = found.times.waiting if found.is_asynchronous else found.times.kinds[SAMPLING]
-    if not spare or not _stands_out(found, seconds):
-        return None
-    return Advice(
-        seconds,
-        f"the trainer waits for rollouts for {_percent(found, seconds)}, and {found.spare_gpus} GPUs are not used",
-        (f"inference.replicas={own.replicas + spare}",),
-    )
-
-
-def train_on_spare_gpus(found: Measured) -> Advice | None:
-    """Training bounds the step, and the machine has GPUs that nothing uses."""
-    training, config = found.times.training, found.config
-    bounds = not found.is_asynchronous or found.times.idle >= found.times.waiting
-    if not found.spare_gpus or not bounds or not _stands_out(found, training):
-        return None
-    ranks = found.ranks + found.spare_gpus
-    if config.orchestrator.groups_per_step * config.orchestrator.group_size < ranks:
-        return None
-    return Advice(
-        training,
-        f"training takes {_percent(found, training)}, and {found.spare_gpus} GPUs are not used: start {ranks} ranks "
-        f"with torchrun --nproc-per-node={ranks} -m vlmrl",
-        (),
-    )
-
-
-def use_decode_graphs(found: Measured) -> Advice | None:
-    """Servers on GPUs decode without CUDA graphs."""
-    own, seconds = found.config.inference, found.times.kinds[SAMPLING]
-    if not isinstance(own, VllmConfig) or not own.enforce_eager or not found.memory.is_gpu or not own.starts_servers:
-        return None
-    if not _stands_out(found, seconds):
-        return None
-    return Advice(
-        seconds,
-        f"sampling takes {_percent(found, seconds)}, and the servers use neither CUDA graphs nor compilation",
-        ("inference.enforce_eager=false",),
-    )
 
 
 # ── the trainer ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,7 +56,7 @@ def larger_micro_batches(found: Measured) -> Advice | None:
     planned, trainer, memory = found.memory.planned, found.config.trainer, found.memory
     if not memory.is_gpu or planned is None or not planned.activations or found.tokens.micro_batches <= found.ranks:
         return None
-    if trainer.packing is Packing.none or not _stands_out(found, found.times.training):
+    if trainer.packing is Packing.none or not stands_out(found, found.times.training):
         return None
     factor = 1
     while factor < LARGEST_FACTOR and memory.peak + (2 * factor - 1) * planned.activations <= FULL * memory.room:
@@ -161,8 +65,8 @@ def larger_micro_batches(found: Measured) -> Advice | None:
         return None
     return Advice(
         found.times.training,
-        f"training takes {_percent(found, found.times.training)} in {found.tokens.micro_batches:.0f} micro-batches, "
-        f"and {_gib(memory.room - memory.peak)} of the trainer's {_gib(memory.room)} are free",
+        f"training takes {percent(found, found.times.training)} in {found.tokens.micro_batches:.0f} micro-batches, "
+        f"and {gib(memory.room - memory.peak)} of the trainer's {gib(memory.room)} are free",
         (f"trainer.micro_batch_tokens={factor * trainer.micro_batch_tokens}",),
     )
 
@@ -170,14 +74,14 @@ def larger_micro_batches(found: Measured) -> Advice | None:
 def adamw_on_the_gpu(found: Measured) -> Advice | None:
     """AdamW runs on the host, and its numbers would fit on the GPU."""
     trainer, training = found.config.trainer, found.times.training
-    if not trainer.cpu_offload or not found.memory.is_gpu or not _stands_out(found, training):
+    if not trainer.cpu_offload or not found.memory.is_gpu or not stands_out(found, training):
         return None
     more = _more_bytes(found, cpu_offload=False)
     if more is None or found.memory.peak + more > FULL * found.memory.room:
         return None
     return Advice(
         training,
-        f"training takes {_percent(found, training)} with AdamW on the host, whose {_gib(more)} would fit on the GPU",
+        f"training takes {percent(found, training)} with AdamW on the host, whose {gib(more)} would fit on the GPU",
         ("trainer.cpu_offload=false",),
     )
 
@@ -186,7 +90,7 @@ def keep_activations(found: Measured) -> Advice | None:
     """Layers are computed twice, and what that saves would fit."""
     planned, trainer = found.memory.planned, found.config.trainer
     seconds = RECOMPUTED * found.times.training
-    if not trainer.activation_checkpointing or planned is None or not _stands_out(found, seconds):
+    if not trainer.activation_checkpointing or planned is None or not stands_out(found, seconds):
         return None
     if found.memory.kept_activations is None or planned.activations is None:
         return None
@@ -195,7 +99,7 @@ def keep_activations(found: Measured) -> Advice | None:
         return None
     return Advice(
         seconds,
-        f"about {_percent(found, seconds)} computes layers again, and keeping their {_gib(more)} would fit",
+        f"about {percent(found, seconds)} computes layers again, and keeping their {gib(more)} would fit",
         ("trainer.activation_checkpointing=false",),
     )
 
@@ -203,11 +107,11 @@ def keep_activations(found: Measured) -> Advice | None:
 def compile_layers(found: Measured) -> Advice | None:
     """Layers run uncompiled on a GPU."""
     seconds = COMPILED * found.times.training
-    if found.config.trainer.compile or not found.memory.is_gpu or not _stands_out(found, seconds):
+    if found.config.trainer.compile or not found.memory.is_gpu or not stands_out(found, seconds):
         return None
     return Advice(
         seconds,
-        f"training takes {_percent(found, found.times.training)} with layers that are not compiled, which usually "
+        f"training takes {percent(found, found.times.training)} with layers that are not compiled, which usually "
         "takes a third off it",
         ("trainer.compile=true",),
     )
@@ -219,7 +123,7 @@ def share_prefixes(found: Measured) -> Advice | None:
     if found.config.trainer.packing is Packing.tree or not tokens.rows:
         return None
     saved = found.times.training * (1 - tokens.tree_rows / tokens.rows)
-    if not _stands_out(found, saved):
+    if not stands_out(found, saved):
         return None
     return Advice(
         saved,
@@ -233,15 +137,15 @@ def gather_once_a_step(found: Measured) -> Advice | None:
     """Weights are gathered in every micro-batch, and whole they would fit on each GPU."""
     trainer, training = found.config.trainer, found.times.training
     is_sharded = found.ranks > 1 and trainer.sharding is Sharding.full
-    if not is_sharded or not found.memory.is_gpu or not _stands_out(found, training):
+    if not is_sharded or not found.memory.is_gpu or not stands_out(found, training):
         return None
     more = _more_bytes(found, sharding=Sharding.optimizer)
     if more is None or found.memory.peak + more > FULL * found.memory.room:
         return None
     return Advice(
         training,
-        f"training takes {_percent(found, training)} on {found.ranks} ranks that gather the weights in every "
-        f"micro-batch, and {_gib(more)} more on each would keep them",
+        f"training takes {percent(found, training)} on {found.ranks} ranks that gather the weights in every "
+        f"micro-batch, and {gib(more)} more on each would keep them",
         ("trainer.sharding=optimizer",),
     )
 
@@ -260,9 +164,9 @@ def _more_bytes(found: Measured, **trainer: object) -> float | None:
 def task_in_processes(found: Measured) -> Advice | None:
     """Sampling waits for the task's code."""
     task, seconds = found.config.task, found.times.kinds[TASK]
-    if isinstance(task, ProgramConfig | VerifiersConfig | MixtureConfig) or not _stands_out(found, seconds):
+    if isinstance(task, ProgramConfig | VerifiersConfig | MixtureConfig) or not stands_out(found, seconds):
         return None
-    waits = f"the task's code keeps the engine waiting for {_percent(found, seconds)}"
+    waits = f"the task's code keeps the engine waiting for {percent(found, seconds)}"
     if task.workers is Workers.thread:
         if found.cores < 2:
             return None
@@ -280,9 +184,9 @@ def task_in_processes(found: Measured) -> Advice | None:
 def more_programs(found: Measured) -> Advice | None:
     """Sampling waits for programs."""
     task, seconds = found.config.task, found.times.kinds[PROGRAMS]
-    if not isinstance(task, ProgramConfig | VerifiersConfig) or not _stands_out(found, seconds):
+    if not isinstance(task, ProgramConfig | VerifiersConfig) or not stands_out(found, seconds):
         return None
-    waits = f"nothing but programs goes on for {_percent(found, seconds)}"
+    waits = f"nothing but programs goes on for {percent(found, seconds)}"
     if found.env_queue >= STANDS_OUT:
         key, count = ("processes", task.processes) if isinstance(task, ProgramConfig) else ("episodes", task.episodes)
         why = f"and rollouts wait for a free one for {found.env_queue:.0%} of their time"
@@ -296,9 +200,9 @@ def more_programs(found: Measured) -> Advice | None:
 def faster_weight_sync(found: Measured) -> Advice | None:
     """Publishing the weights takes a large part of a step."""
     sync, seconds = found.config.weight_sync, found.times.syncing
-    if isinstance(sync, InProcessSyncConfig) or not _stands_out(found, seconds):
+    if isinstance(sync, InProcessSyncConfig) or not stands_out(found, seconds):
         return None
-    finding = f"publishing the weights takes {_percent(found, seconds)}"
+    finding = f"publishing the weights takes {percent(found, seconds)}"
     if isinstance(sync, FolderSyncConfig | NcclSyncConfig | CudaIpcSyncConfig) and sync.verify:
         return Advice(seconds, f"{finding}, and every weight is compared", ("weight_sync.verify=false",))
     own = found.config.inference
@@ -314,11 +218,11 @@ def faster_weight_sync(found: Measured) -> Advice | None:
 def slow_recording(found: Measured) -> Advice | None:
     """The loop waits until a step is recorded."""
     seconds = found.times.recording
-    if not found.config.monitor.record_rollouts or not _stands_out(found, seconds):
+    if not found.config.monitor.record_rollouts or not stands_out(found, seconds):
         return None
     return Advice(
         seconds,
-        f"the loop waits for the record for {_percent(found, seconds)}; a faster disk for hydra.run.dir helps as well, "
+        f"the loop waits for the record for {percent(found, seconds)}; a faster disk for hydra.run.dir helps as well, "
         "and keeps what replay and report show",
         ("monitor.record_rollouts=false",),
     )
@@ -341,16 +245,13 @@ def slow_rewards(found: Measured) -> Advice | None:
 
 def _without_a_key(found: Measured, kind: str, what: str) -> Advice | None:
     seconds = found.times.kinds[kind]
-    return Advice(seconds, f"{what} takes {_percent(found, seconds)}", ()) if _stands_out(found, seconds) else None
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    return Advice(seconds, f"{what} takes {percent(found, seconds)}", ()) if stands_out(found, seconds) else None
 
 
 RULES: Sequence[Callable[[Measured], Advice | None]] = (
     sample_and_train_at_once,
     roll_out_further_ahead,
+    sample_in_the_trainer,
     use_spare_gpus,
     train_on_spare_gpus,
     use_decode_graphs,

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmrl.preflight.estimate.plan import size, span
 from vlmrl.runs.bench.activity import SAMPLING
-from vlmrl.runs.bench.advice import STANDS_OUT, Advice
+from vlmrl.runs.bench.finding import STANDS_OUT, Advice
 from vlmrl.runs.bench.measured import Measured
 
 

@@ -54,8 +54,8 @@ CASES = (
     Case(
         "roll_out_further_ahead",
         ASYNC,
-        change(times=times({SAMPLING: 8.9}, waiting=3.0)),
-        change(times=times({SAMPLING: 9.1}, waiting=3.0)),
+        change(times=times({SAMPLING: 8.9}, waiting=3.0), tokens=tokens(rollouts=512.0)),
+        change(times=times({SAMPLING: 9.1}, waiting=3.0), tokens=tokens(rollouts=512.0)),
         ("orchestrator.max_staleness=2",),
     ),
     Case(
@@ -64,6 +64,42 @@ CASES = (
         change(times=times({SAMPLING: 5.0}, waiting=1.1)),
         change(times=times({SAMPLING: 5.0}, waiting=0.9)),  # training bounds the step
         ("orchestrator.max_staleness=2",),
+    ),
+    Case(
+        "roll_out_further_ahead",
+        (*ASYNC, "inference.replicas=2"),
+        change(times=times({SAMPLING: 10.0}, waiting=3.0), tokens=tokens(rollouts=1000.0)),
+        change(times=times({SAMPLING: 10.0}, waiting=3.0), tokens=tokens(rollouts=1024.0)),  # 512 for each of both
+        ("orchestrator.max_staleness=2",),
+    ),
+    Case(
+        "roll_out_further_ahead",
+        (*ASYNC, "+inference.extra_args={max_num_seqs:300}"),
+        change(times=times({SAMPLING: 10.0}, waiting=3.0)),
+        change(times=times({SAMPLING: 10.0}, waiting=3.0), tokens=tokens(rollouts=300.0)),  # it takes no more
+        ("orchestrator.max_staleness=2",),
+    ),
+    Case(
+        "sample_in_the_trainer",
+        ASYNC,
+        change(times=times({SAMPLING: 10.0}, waiting=1.1)),
+        change(times=times({SAMPLING: 10.0}, waiting=0.9)),
+        (),
+    ),
+    Case(
+        "sample_in_the_trainer",
+        VLLM,
+        # with 3 GiB of keys and values
+        change(memory=memory(peak=69 * GIB)),
+        change(memory=memory(peak=70 * GIB)),
+        (),
+    ),
+    Case(
+        "sample_in_the_trainer",
+        (*VLLM, "orchestrator.group_size=4"),
+        change(),
+        change(has_row_decoder=False),
+        (),
     ),
     Case(
         "use_spare_gpus",
@@ -212,6 +248,22 @@ def test_a_rule(
     assert rule(case.still(found)) is None
     if case.settings:
         check(config_of(*case.overrides, *case.settings), Stage.composed)
+
+
+@pytest.mark.parametrize(
+    ("server_share", "replicas", "command"),
+    [(0.3, 1, "; inference=embedded"), (0.0, 1, "; torchrun --nproc-per-node=2 -m vlmrl"), (0.0, 3, "node=4 -m vlmrl")],
+)
+def test_the_trainer_samples_on_all_gpus_of_the_run(server_share: float, replicas: int, command: str) -> None:
+    config = config_of(*VLLM, f"inference.replicas={replicas}")
+    advice = BY_NAME["sample_in_the_trainer"](measured(config, memory=memory(server_share=server_share)))
+    assert advice is not None
+    assert command in advice.finding
+
+
+def test_few_siblings_stay_with_a_server() -> None:
+    found = measured(config_of(*VLLM, "orchestrator.group_size=2"))
+    assert BY_NAME["sample_in_the_trainer"](found) is None
 
 
 def test_every_rule_has_a_case() -> None:

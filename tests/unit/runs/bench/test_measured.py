@@ -7,7 +7,7 @@ import pytest
 
 from support.bench_numbers import GIB, config_of, measured, memory, times
 from vlmrl.runs.bench.activity import KINDS, SAMPLING, TASK
-from vlmrl.runs.bench.advice import Advice
+from vlmrl.runs.bench.finding import Advice
 from vlmrl.runs.bench.measured import StepRecord, Times
 from vlmrl.runs.bench.table import as_json, largest, limit_rows, part_rows, verdict_rows
 
