@@ -90,7 +90,6 @@ def measured(config: RunConfig, **changed: Any) -> Measured:
         spare_gpus=0,
         cores=8,
         env_queue=0.0,
-        has_row_decoder=True,
         has_random_weights=False,
     )
     return dataclasses.replace(known, **changed)

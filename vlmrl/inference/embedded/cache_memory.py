@@ -25,6 +25,7 @@ from vlmrl.inference.embedded.prefill_chunks import new_tokens
 from vlmrl.inference.embedded.requests import Request, SessionCache
 from vlmrl.models.attention.plan import KVPool, plan_tree
 from vlmrl.models.attention.prefix_tree import Segment
+from vlmrl.models.attention.recurrent import plan_states
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class CacheMemory:
         self._vocabulary = len(model.policy.banned)
         self._sessions: WeakSet[SessionCache] = WeakSet()
         """Sessions that may hold turns."""
-        self._slot_bytes = 0
+        self._slot_bytes = self._state_bytes = 0
 
     def parts(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         """The indices of the requests of each part of a batch, for which there is room when it is handed out."""
@@ -114,17 +115,27 @@ class CacheMemory:
 
     def _affordable(self, rows: int) -> int:
         """Slots of a new pool that there is memory for now, while `rows` rows are decoded."""
-        self._slot_bytes = self._slot_bytes or self._measured_slot()
-        return kv_plan.affordable_slots(self._free(), self._slot_bytes, rows, self._vocabulary)
+        if not self._slot_bytes:
+            self._slot_bytes, self._state_bytes = self._measured()
+        return kv_plan.affordable_slots(
+            self._free(), self._slot_bytes, rows, self._vocabulary, state_bytes=self._state_bytes
+        )
 
-    def _measured_slot(self) -> int:
-        """Bytes of a slot, from a pass over one token: families differ in the layers that have keys."""
+    def _measured(self) -> tuple[int, int]:
+        """Bytes of a slot, and of a row's states, from a pass over one token: families differ in the layers that have
+        keys, and in those that carry a state."""
         kept, pool = self._model.kv_cache.pool, KVPool(1)
         self._model.kv_cache.pool = pool
         try:
             nothing = np.zeros(1, np.int64)
-            plan = plan_tree([Segment(-1, nothing, nothing, nothing)], self._model.device, self._model.policy.rules)
+            segments, device = [Segment(-1, nothing, nothing, nothing)], self._model.device
+            plan = plan_tree(segments, device, self._model.policy.rules)
+            plan.states = plan_states(segments, device, kept=[0])
             self._model.forward(nothing, np.zeros((4, 1), np.int64), nothing, [], plan, 0)
         finally:
             self._model.kv_cache.pool = kept
-        return sum(tensor.nbytes for pair in pool.calls.values() for tensor in pair)
+        states = [
+            x for each in plan.states.ends.get(0, {}).values() for x in (*each.conv.values(), *each.recurrent.values())
+        ]
+        slot = sum(tensor.nbytes for pair in pool.calls.values() for tensor in pair)
+        return slot, sum(tensor.nbytes for tensor in states)

@@ -30,17 +30,18 @@ class Sampled:
     """Whether the last token is a stop token, or completes a stop string."""
     slots: IntArray
     """int64 [n − 1]; slots in the KV cache of all tokens but the last, which was never an input of the model."""
-    states: PrefixStates
-    """After all tokens but the last; empty for a model whose layers carry no state."""
+    states: PrefixStates | None
+    """After all tokens but the last; empty for a model whose layers carry no state. None: they are not known."""
 
 
 def finish(
     request: Request, version: int, prompt: DistinctPrompt, prompt_slots: IntArray, sampled: Sampled
 ) -> Completion:
-    """The completion of a finished request; its session keeps the turn."""
-    keys = np.concatenate([prompt.keys, sampled.token_ids[:-1]])
-    slots = np.concatenate([prompt_slots, sampled.slots])
-    request.session.add(CachedTurn(version, keys, slots, sampled.states))
+    """The completion of a finished request; its session keeps the turn, if its states are known."""
+    if sampled.states is not None:
+        keys = np.concatenate([prompt.keys, sampled.token_ids[:-1]])
+        slots = np.concatenate([prompt_slots, sampled.slots])
+        request.session.add(CachedTurn(version, keys, slots, sampled.states))
     return Completion(
         token_ids=sampled.token_ids,
         logprobs=sampled.logprobs,

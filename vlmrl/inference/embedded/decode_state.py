@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmrl.models.attention.decode import SEGMENT_FIELDS, DecodeTables
+from vlmrl.models.attention.row_states import RowStates
 from vlmrl.types import FloatArray, IntArray
 
 
@@ -133,6 +134,8 @@ class DecodeState:
             own_length=new(torch.int32, count),
             depth=new(torch.int32, count),
         )
+        self.states = RowStates(self.rows.alive)
+        """Empty for a model whose layers carry no state."""
         self.unread_slot = new(torch.int64, 1)
         """The slot of rows that are not alive."""
         self.types = new(torch.int64, count)
@@ -192,6 +195,7 @@ class DecodeState:
         for each in fields(self.rows):
             tensor: Tensor = getattr(self.rows, each.name)
             tensor[: len(kept)].copy_(tensor[index])
+        self.states.keep(index)
 
     def tables(self, rows: int, levels: int, most_rows: int, most_keys: int) -> DecodeTables:
         """The tables of the first `rows` rows."""

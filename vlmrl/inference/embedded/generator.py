@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 
 
 def decodes_by_rows(policy: Policy) -> bool:
-    """Whether row_decoding.py decodes, not decoding.py: on a GPU, unless layers carry a state."""
-    return policy.device.type == "cuda" and not policy.is_recurrent
+    """Whether row_decoding.py decodes, not decoding.py."""
+    return policy.device.type == "cuda"
 
 
 class BatchSampler(Protocol):
@@ -57,8 +57,6 @@ class Generator:
             self._memory = CacheMemory(
                 self._model, free or partial(free_bytes, policy.device), on_eviction=self._rows.release
             )
-        elif policy.device.type == "cuda":
-            _log.info("layers of this model carry a state, so the embedded engine decodes it without CUDA graphs")
         self._counters = {"inference/rows_prefill": 0.0, "inference/rows_decode": 0.0}
 
     def take_counters(self) -> dict[str, float]:

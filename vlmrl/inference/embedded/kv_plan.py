@@ -23,6 +23,9 @@ WORKING_BYTES = 4 * 10**9
 the free memory, because small models on small GPUs take less. It is what a pool leaves, and more than a known model
 needs: see `prefill_bytes`."""
 
+STATE_COPIES = 2
+"""States of layers that carry one: of the rows that are decoded, and of those that have ended."""
+
 KEPT_SHARE = 0.05
 """Share of the free memory that the KV cache leaves: large blocks do not fit into every gap."""
 
@@ -57,18 +60,18 @@ def prefill_bytes(new_tokens: int, hidden: int, intermediate: int, bytes_each: i
     return min(new_tokens, PASS_ROWS) * (2 * hidden + 3 * intermediate) * bytes_each
 
 
-def working_bytes(rows: int, vocabulary: int) -> int:
-    """Bytes that a pool leaves for decoding `rows` rows."""
-    return WORKING_BYTES + logits_bytes(rows, vocabulary)
+def working_bytes(rows: int, vocabulary: int, state_bytes: int = 0) -> int:
+    """Bytes that a pool leaves for decoding `rows` rows, each of which has states of `state_bytes`."""
+    return WORKING_BYTES + logits_bytes(rows, vocabulary) + STATE_COPIES * rows * state_bytes
 
 
-def affordable_slots(free: int, slot_bytes: int, rows: int, vocabulary: int) -> int:
+def affordable_slots(free: int, slot_bytes: int, rows: int, vocabulary: int, state_bytes: int = 0) -> int:
     """Slots for which `free` bytes have room; 0 where the working memory alone does not fit.
 
     >>> affordable_slots(80 * 10**9, 114_688, 256, 151_936)
     625077
     """
-    working = working_bytes(rows, vocabulary) - max(0, WORKING_BYTES - free // 4)
+    working = working_bytes(rows, vocabulary, state_bytes) - max(0, WORKING_BYTES - free // 4)
     return max(0, int((1 - KEPT_SHARE) * free) - working) // slot_bytes
 
 

@@ -1,7 +1,8 @@
 """Prefill in several passes, so that its memory does not grow with the batch.
 
 Prompts are sorted. Each pass computes some of them, and finds the tokens that its first prompt shares with the last
-prompt of the pass before in the KV cache. One prompt is never cut.
+prompt of the pass before in the KV cache, unless layers carry a state, which is known after whole prompts only. One
+prompt is never cut.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def new_tokens(prompts: Sequence[DistinctPrompt]) -> list[int]:
 
 
 def prefill_in_passes(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) -> tuple[Prefilled, int]:
-    """See `prefill`; for models whose layers carry no state."""
+    """See `prefill`."""
     passes: list[list[DistinctPrompt]] = []
     has_scores = model.policy.kernel(shared=False) is not Kernel.varlen
     rows = pairs = keys = 0
@@ -50,14 +51,15 @@ def prefill_in_passes(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) ->
         passes[-1].append(prompt)
     if len(passes) == 1:
         return prefill(model, prompts)
-    hidden, slots, total = [], [], 0
+    hidden, slots, states, total = [], [], [], 0
     before: tuple[DistinctPrompt, IntArray] | None = None
     for chunk in passes:
-        if before is not None:
+        if before is not None and not model.policy.is_recurrent:
             _use_cached(chunk[0], *before)
         found, rows = prefill(model, chunk)
         hidden.append(found.hidden)
         slots += found.slots
+        states += found.states
         total += rows
         before = chunk[-1], found.slots[-1]
     tree = build_tree([prompt.keys for prompt in prompts])
@@ -66,7 +68,7 @@ def prefill_in_passes(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) ->
         slot[nodes] = of_prompt
     nothing = np.empty(0, np.int64)
     segments = cut_segments(tree, prompts, slot, np.full(tree.num_rows, -1), nothing)
-    return Prefilled(slots, torch.cat(hidden), segments, [{} for _ in prompts]), total
+    return Prefilled(slots, torch.cat(hidden), segments, states), total
 
 
 def _use_cached(prompt: DistinctPrompt, before: DistinctPrompt, slots: IntArray) -> None:

@@ -8,8 +8,8 @@ Siblings read the keys and values of their prompt once (shared_prefixes.py, mode
 token is drawn by the same uniform number as in decoding.py, which stays the reference: with float32 on a CPU the tokens
 are the same. There, requests that have sampled the same tokens share a row; here each has its own.
 
-Left out on purpose: models whose layers carry a state (models/attention/recurrent.py). Their states are objects per
-row, not tensors at fixed addresses, so decoding.py decodes them on a GPU, too.
+Layers that carry a state (models/attention/recurrent.py) have it per row in tensors, too
+(models/attention/row_states.py): siblings start from copies of the state after their prompt.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.attention.decode import DecodeRows, uses_kernels
 from vlmrl.models.attention.plan import KVPool, TreePlan
+from vlmrl.models.attention.recurrent import PrefixStates
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.types import Completion, IntArray
 
@@ -185,7 +186,7 @@ class RowDecoder:
         unread: int,
     ) -> None:
         """Sample until all rows are finished."""
-        kind = self._prepare(rows, prompts, shared, unread)
+        kind = self._prepare(rows, prompts, shared, prefilled.states, unread)
         first = prefilled.hidden[torch.tensor([row.prompt for row in rows], device=prefilled.hidden.device)]
         padding = first.new_zeros(kind.rows - len(rows), first.shape[1])
         self._sample(torch.cat([first, padding]), kind)
@@ -203,7 +204,12 @@ class RowDecoder:
                 self._move(rows, shared, kind.rows)
 
     def _prepare(
-        self, rows: Sequence[SampledRow], prompts: Sequence[DistinctPrompt], shared: SharedPrefixes, unread: int
+        self,
+        rows: Sequence[SampledRow],
+        prompts: Sequence[DistinctPrompt],
+        shared: SharedPrefixes,
+        states: Sequence[PrefixStates],
+        unread: int,
     ) -> _Kind:
         """Fill the tensors for the batch, before its first token is sampled."""
         shapes = [_truncation(row.request) for row in rows]
@@ -238,6 +244,8 @@ class RowDecoder:
         state.fill("own_slots", _padded(own, 0).astype(np.int32))
         state.fill("stop_ids", _padded([np.array(each.stop_token_ids, np.int64) for each in params], -1))
         state.fill("uniforms", _padded([row.uniforms for row in rows], 0.0))
+        if self._model.policy.is_recurrent:
+            state.states.fill([states[row.prompt] for row in rows])
         state.segment_slots[: len(shared.slots)].copy_(torch.from_numpy(shared.slots))
         state.set_segments(table)
         deepest = _deepest([row.request for row in rows], prompts, [row.prompt for row in rows])
@@ -299,6 +307,7 @@ class RowDecoder:
             {rule.window: DecodeRows(tables, window) for rule, window in rules},
             self._model.kv_cache.pool,
             row_slots=state.rows.slot[:size],
+            row_states=state.states if policy.is_recurrent else None,
         )
         nothing = state.types[:0]
         rows = state.rows
@@ -348,6 +357,18 @@ class RowDecoder:
         for row, place, more in zip(rows, at.tolist(), new.tolist(), strict=True):
             own = [of_step[place] for of_step in fetched.supports if of_step]
             row.add(token_ids[place, :more], logprobs[place, :more], own[:more], has_ended=not alive[place])
+        if self._model.policy.is_recurrent:
+            self._take_states([row for row in rows if row.is_finished])
+
+    def _take_states(self, ended: Sequence[SampledRow]) -> None:
+        """Give rows that have just ended their states. The device went on behind a stop string, so there is none."""
+        assert self._state is not None
+        known = [row for row in ended if not row.has_stop_string]
+        copies = self._state.states.of([row.at for row in known]) if known else []
+        for row in ended:
+            row.states = None
+        for row, states in zip(known, copies, strict=True):
+            row.states = states
 
 
 def _deepest(requests: Sequence[Request], prompts: Sequence[DistinctPrompt], request_prompt: Sequence[int]) -> int:

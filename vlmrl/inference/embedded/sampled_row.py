@@ -11,6 +11,7 @@ from vlmrl.inference.embedded.completions import Sampled
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampling import uniform_numbers
 from vlmrl.inference.stop_strings import StopFinder, TextOf
+from vlmrl.models.attention.recurrent import PrefixStates
 from vlmrl.types import FloatArray, IntArray
 
 
@@ -28,6 +29,8 @@ class SampledRow:
         self.length = 0
         """Tokens so far."""
         self.is_finished = False
+        self.states: PrefixStates | None = {}
+        """See `Sampled.states`."""
         self._is_stopped = False
         self._token_ids: list[IntArray] = []
         self._logprobs: list[FloatArray] = []
@@ -64,6 +67,11 @@ class SampledRow:
         self.length += end
 
     @property
+    def has_stop_string(self) -> bool:
+        """Whether a stop string has ended it."""
+        return self._stop is not None
+
+    @property
     def unused_slots(self) -> IntArray:
         """int64 [n]; the slots behind a finished completion."""
         return self.slots[self.length - 1 :]
@@ -77,5 +85,5 @@ class SampledRow:
             stop=self._stop,
             is_stopped=self._is_stopped,
             slots=self.slots[: self.length - 1],
-            states={},
+            states=self.states,
         )

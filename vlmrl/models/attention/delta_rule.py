@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from vlmrl.models.compiling import compiles_on, for_all_sizes, of_one_width
 
 
 def keep_references(mixer: Any) -> None:
@@ -27,9 +30,18 @@ class _HalfPrecisionKernel:
 
     def __init__(self, kernel: Any, reference: Any) -> None:
         self._kernel, self._reference = kernel, reference
+        self._is_chunked = "chunk_size" in inspect.signature(reference).parameters
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return for_all_sizes(self._reference)
 
     def __call__(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """query [B, tokens, …]."""
+        is_step = not self._is_chunked and query.shape[1] == 1 < len(query) and not torch.is_grad_enabled()
+        if is_step and compiles_on(query.device):  # the states are read and written in a few passes, not in a dozen
+            of_one_width(query, *(each for each in args if isinstance(each, Tensor) and each.dim() == query.dim()))
+            return self._compiled(query, *args, **kwargs)
         if query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] > 1:
             return self._kernel(query, *args, **kwargs)
         if query.device.type == "mps":  # it has no float64

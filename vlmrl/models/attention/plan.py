@@ -39,6 +39,7 @@ from vlmrl.models.attention.fused import (
 )
 from vlmrl.models.attention.prefix_tree import Segment, depths
 from vlmrl.models.attention.recurrent import StatePlan
+from vlmrl.models.attention.row_states import RowStates
 from vlmrl.models.attention.rules import CAUSAL, AttentionRule, AttentionRules
 from vlmrl.models.features import to_device
 from vlmrl.types import IntArray
@@ -145,6 +146,8 @@ class TreePlan:
     """The segments of a trainer's pass, for layers that carry a state."""
     states: StatePlan | None = None
     """The order in which layers that carry a state compute the rows; made from `segments` where it is missing."""
+    row_states: RowStates | None = None
+    """The states of the rows of a decode step, in place of `states`; None for a model without states."""
     calls: int = 0
     """Calls of attention so far, in a pass with a pool."""
 

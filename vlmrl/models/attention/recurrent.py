@@ -147,18 +147,24 @@ def piece_lengths(length: int) -> list[int]:
     return [*pieces, length] if length else pieces
 
 
-class _Cache:
-    """Stands in for transformers' cache in one call of a layer's forward over B pieces. It keeps the graph of the
+class LayerCache:
+    """Stands in for transformers' cache in one call of a layer's forward over B sequences. It keeps the graph of the
     states, where transformers copies them in place."""
 
     record_past = True  # makes layers hand over even a single token, instead of shifting the window in place
 
-    def __init__(self, before: Sequence[State]) -> None:
-        first = before[0] if before else State({}, {})
-        self._continues = bool(before)
-        self.conv_states = {i: torch.stack([state.conv[i] for state in before]) for i in first.conv}
-        self.recurrent_states = {i: torch.stack([state.recurrent[i] for state in before]) for i in first.recurrent}
+    def __init__(self, conv: Mapping[int, Tensor], recurrent: Mapping[int, Tensor], *, continues: bool) -> None:
+        """The states [B, …] that the call starts from, if it `continues` some."""
+        self.conv_states, self.recurrent_states, self._continues = dict(conv), dict(recurrent), continues
         self.layers = _EveryIndex(self)
+
+    @staticmethod
+    def of(before: Sequence[State]) -> LayerCache:
+        """A cache with the states of each sequence; empty where they start from none."""
+        first = before[0] if before else State({}, {})
+        conv = {i: torch.stack([state.conv[i] for state in before]) for i in first.conv}
+        recurrent = {i: torch.stack([state.recurrent[i] for state in before]) for i in first.recurrent}
+        return LayerCache(conv, recurrent, continues=bool(before))
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether the call starts from states."""
@@ -197,10 +203,10 @@ class _Cache:
 class _EveryIndex:
     """`cache.layers`: the call has one layer only, whatever its index is."""
 
-    def __init__(self, cache: _Cache) -> None:
+    def __init__(self, cache: LayerCache) -> None:
         self._cache = cache
 
-    def __getitem__(self, index: int) -> _Cache:
+    def __getitem__(self, index: int) -> LayerCache:
         return self._cache
 
 
@@ -220,10 +226,16 @@ class SharedStates:
         plan, self.plan = self.plan, None
         if plan is None:
             return self._own(hidden_states, *args, **kwargs)
-        if plan.states is None:
-            plan.states = plan_states(plan.segments, hidden_states.device)
         kwargs.pop(self._cache, None)
         self._refuse_rows(kwargs)
+        if plan.row_states is not None:
+            rows = hidden_states.transpose(0, 1)
+            stepped = plan.row_states.step(
+                self._number, len(rows), lambda cache: self._own(rows, **{**kwargs, self._cache: cache})
+            )
+            return stepped.transpose(0, 1)
+        if plan.states is None:
+            plan.states = plan_states(plan.segments, hidden_states.device)
         return self.run(hidden_states[0], plan.states, kwargs)[None]
 
     def _refuse_rows(self, kwargs: Mapping[str, Any]) -> None:
@@ -244,7 +256,7 @@ class SharedStates:
         for group in plan.groups:
             pieces = [plan.pieces[index] for index in group]
             length = len(pieces[0].rows)
-            cache = _Cache(self._before(pieces, states))
+            cache = LayerCache.of(self._before(pieces, states))
             batch = rows[done : done + len(group) * length].view(len(group), length, -1)
             outputs.append(self._own(batch, **{**kwargs, self._cache: cache}).reshape(len(group) * length, -1))
             done += len(group) * length

@@ -158,8 +158,6 @@ class Measured:
     env_queue: float
     """Of the time of the task's calls and programs, the share in which they waited for a free thread, worker or
     process."""
-    has_row_decoder: bool
-    """Whether `inference=embedded` would decode this model on a GPU, one row per request."""
     has_random_weights: bool
     """Then answers counted as ended at their token budget."""
 

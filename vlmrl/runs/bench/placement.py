@@ -58,7 +58,7 @@ def sample_in_the_trainer(found: Measured) -> Advice | None:
     seconds = found.times.waiting if found.is_asynchronous else found.times.kinds[SAMPLING]
     if not isinstance(own, VllmConfig) or not own.starts_servers or own.tensor_parallel_size > 1 or own.slurm_tasks:
         return None
-    if not found.has_row_decoder or config.orchestrator.group_size < FEW_SIBLINGS or not stands_out(found, seconds):
+    if not memory.is_gpu or config.orchestrator.group_size < FEW_SIBLINGS or not stands_out(found, seconds):
         return None
     if memory.peak + memory.cache > FULL * memory.total:
         return None

@@ -13,7 +13,6 @@ from vlmrl.config.inference import VllmConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Packing
 from vlmrl.errors import VlmrlError
-from vlmrl.inference.embedded.generator import decodes_by_rows
 from vlmrl.preflight.estimate.memory import BYTES, TrainerMemory
 from vlmrl.preflight.estimate.plan import planned_memory
 from vlmrl.preflight.machine import Machine, find_machine
@@ -74,7 +73,6 @@ def measured_of(run: Run, speeds: Speeds, taken: Taken) -> Measured:
         cores=machine.cores,
         spare_gpus=_spare_gpus(config, machine, ranks),
         env_queue=_env_queue(taken),
-        has_row_decoder=decodes_by_rows(run.policy),
         has_random_weights=taken.engine.ends_answers,
     )
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from support.helpers import BANNED, TINY, image, prompt
+from support.recurrent_models import text_model
 from vlmrl.errors import EngineError
 from vlmrl.inference.embedded import cache_memory, generator, kv_plan, prefill_chunks
 from vlmrl.inference.embedded import prefill as embedded_prefill
@@ -190,3 +191,23 @@ def test_prefill_in_several_passes_is_the_same(
 
 def test_the_host_is_not_planned() -> None:
     assert cache_memory.free_bytes(torch.device("cpu")) == cache_memory.UNPLANNED
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2"])
+def test_states_of_rows_are_measured_and_left_room(name: str) -> None:
+    """Some layers have keys and values, the others states."""
+    policy = Policy(text_model(name).float(), position_function("sequential"), [])
+    engine = Generator(policy, free=lambda: 10**9)
+    requests = [Request(prompt([5, 6, 7]), SamplingParams(NEW, 1.0, (), (), i), SessionCache()) for i in range(5)]
+    engine.run(requests, 0)
+    slot, state = engine._memory._measured()
+    pool, decoder = engine._model.kv_cache.pool, engine._rows
+    assert slot * pool.capacity == sum(each.nbytes for pair in pool.calls.values() for each in pair)
+    assert decoder is not None
+    assert decoder._state is not None
+    layers = decoder._state.states._layers.values()
+    held = sum(x.nbytes for each in layers for x in (*each.conv.values(), *each.recurrent.values()))
+    assert held == state * decoder._state.room.rows > 0
+    kept = kv_plan.affordable_slots(10**9, slot, 5, 64) - kv_plan.affordable_slots(10**9, slot, 5, 64, state)
+    assert kept == pytest.approx(2 * 5 * state / slot, abs=1)
+    assert engine._memory._affordable(5) == kv_plan.affordable_slots(10**9, slot, 5, len(policy.banned), state)

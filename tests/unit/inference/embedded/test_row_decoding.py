@@ -17,8 +17,9 @@ from support import attention_kinds as kinds
 from support import gpu_path as path
 from support.helpers import BANNED, END, prompt
 from support.played_rows import Turn, groups, params, play
+from support.recurrent_models import InDoublePrecision, text_model
 from vlmrl.errors import NonFiniteLossError
-from vlmrl.inference.embedded import generator, row_decoding
+from vlmrl.inference.embedded import generator, prefill_chunks, row_decoding
 from vlmrl.inference.embedded.decode_state import DecodeState
 from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
 from vlmrl.inference.embedded.kv_cache import KVCache
@@ -26,7 +27,8 @@ from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
 from vlmrl.inference.embedded.sampling import Shape
 from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
-from vlmrl.models.attention import fused, tree
+from vlmrl.models.attention import delta_rule, fused, tree
+from vlmrl.models.attention.row_states import RowStates
 from vlmrl.models.blocks import blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.logit_map import IDENTITY, LogitMap
@@ -140,6 +142,92 @@ def test_families_with_windows_and_soft_caps(name: str, window: int, monkeypatch
     ]
     wanted = assert_same(policy, asked, monkeypatch)
     assert max(len(turns[0][1].token_ids) for turns in wanted) > 16
+
+
+RECURRENT = ["qwen3_5_text", "qwen3_next", "lfm2"]
+
+
+def recurrent_policy(name: str, dtype: torch.dtype = torch.float64) -> Policy:
+    return Policy(text_model(name).to(dtype), position_function("sequential"), [])
+
+
+def long_and_short(count: int, **others: Any) -> list[tuple[Prompt, SamplingParams]]:
+    """Two groups whose answers have 3 to 30 tokens, so that rows leave."""
+    plain: dict[str, Any] = {"stop_token_ids": (3,), **others}
+    return [
+        (prompt([*range(10, 40), 7 + number]), params(10 * i + number, 3 + 27 * (i % 3 == 0), **plain))
+        for number in range(2)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_layers_that_carry_a_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over turns, with rows that leave and stop strings. A planted mistake: rows that are not alive go on."""
+    policy = recurrent_policy(name)
+    with InDoublePrecision():
+        wanted = assert_same(policy, long_and_short(9), monkeypatch, turns=3)
+        texts = ["".join(f"<{token}>" for token in turns[0][1].token_ids[1:3]) for turns in wanted]
+        stopped = [(a, replace(b, stop=(texts[i],))) for i, (a, b) in enumerate(long_and_short(9))]
+        found = assert_same(policy, stopped, monkeypatch, turns=2)
+        assert sum(turns[0][1].stop is not None for turns in found) > 9
+        step = RowStates.step
+
+        def goes_on(self: RowStates, *args: Any) -> torch.Tensor:
+            self._alive = torch.ones_like(self._alive)
+            return step(self, *args)
+
+        monkeypatch.setattr(RowStates, "step", goes_on)
+        with pytest.raises(AssertionError):
+            assert_same(policy, long_and_short(9), monkeypatch, turns=2)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_states_of_prompts_in_several_passes(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_chunks, "PASS_ROWS", rows)
+    with InDoublePrecision():
+        assert_same(recurrent_policy(name), long_and_short(3), monkeypatch, turns=2)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2"])
+def test_compiled_layers_around_a_state(name: str, graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch, with other sizes, compiles nothing."""
+    policy, made = recurrent_policy(name), []
+    with InDoublePrecision():
+        for count in (9, 3, 17):
+            assert_same(policy, long_and_short(count), monkeypatch)
+            made.append(len(graphs))
+    assert made[0]
+    assert made == [made[0]] * 3
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
+@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
+def test_the_rule_of_a_delta_net_is_compiled_for_single_tokens(
+    name: str, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but run by torch itself: one graph for all layers and numbers of rows."""
+    policy, rules = recurrent_policy(name, torch.float32), list[Any]()
+
+    def backend(graph: Any, *_: Any, **__: Any) -> Any:
+        rules.append(graph)
+        return graph
+
+    monkeypatch.setattr(delta_rule, "compiles_on", lambda _: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    assert_same(policy, long_and_short(9), monkeypatch, turns=2)
+    assert graphs
+    assert len(rules) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2"])
+def test_a_step_with_states_that_is_replayed_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_decoding, "StepGraphs", _Replayed)
+    before = _Replayed.replays
+    assert_same(recurrent_policy(name, torch.float32), long_and_short(2), monkeypatch, turns=2)
+    assert _Replayed.replays > before + 20
 
 
 def test_the_comparison_finds_a_row_at_another_place(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,6 +479,22 @@ def test_on_a_gpu_with_graphs(
     asked = groups([1, 5, 16], tokens=40)
     wanted, _ = play(policy, asked, 2, False, monkeypatch)
     found, _ = play(policy, asked, 2, True, monkeypatch)
+    pairs = [(a, b) for x, y in zip(wanted, found, strict=True) for (_, a), (_, b) in zip(x, y, strict=True)]
+    assert_close(pairs[::2], *((0.95, 1e-4) if dtype is torch.float32 else (0.3, 0.03)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2"])
+def test_states_on_a_gpu_with_graphs(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(text_model(name).to("cuda", dtype), position_function("sequential"), [])
+    wanted, _ = play(policy, long_and_short(9), 2, False, monkeypatch)
+    found, engine = play(policy, long_and_short(9), 2, True, monkeypatch)
+    assert isinstance(engine._generator, generator.Generator)
+    assert engine._generator._rows is not None
+    assert engine._generator._rows._graphs._captures
     pairs = [(a, b) for x, y in zip(wanted, found, strict=True) for (_, a), (_, b) in zip(x, y, strict=True)]
     assert_close(pairs[::2], *((0.95, 1e-4) if dtype is torch.float32 else (0.3, 0.03)))
 

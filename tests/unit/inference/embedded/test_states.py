@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from support.recurrent_models import InDoublePrecision, text_model
+from vlmrl.inference.embedded import generator
 from vlmrl.inference.embedded.generator import Generator
 from vlmrl.inference.embedded.requests import Request, SessionCache
 from vlmrl.models.attention.recurrent import State, StatePlan
@@ -22,6 +23,14 @@ CLOSE = 1e-6
 """Nats, computed in float64 and recorded in float32."""
 
 NAMES = ["qwen3_5_text", "qwen3_next", "lfm2"]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["branches", "rows"])
+def by_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both decoders: the reference, and the one for GPUs."""
+    chosen: bool = request.param
+    monkeypatch.setattr(generator, "decodes_by_rows", lambda _: chosen)
+    return chosen
 
 
 class Engine:

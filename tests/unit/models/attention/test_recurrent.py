@@ -23,7 +23,7 @@ from vlmrl.errors import ModelError
 from vlmrl.models.attention import recurrent
 from vlmrl.models.attention.plan import plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, build_tree, sort_key
-from vlmrl.models.attention.recurrent import State, _Cache, plan_states
+from vlmrl.models.attention.recurrent import LayerCache, State, plan_states
 from vlmrl.models.blocks import checkpoint_blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
@@ -176,8 +176,8 @@ def test_states_that_are_lost_are_seen(
 ) -> None:
     model = text_model("qwen3_5_text")
     policy = Policy(copy.deepcopy(model), position_function("sequential"), [])
-    after = _Cache.after
-    monkeypatch.setattr(_Cache, "after", lambda cache: broken(after(cache)))
+    after = LayerCache.after
+    monkeypatch.setattr(LayerCache, "after", lambda cache: broken(after(cache)))
     with pytest.raises(AssertionError):
         compare(policy, model, sequences_of((5, (2, 2, 70))))
 
@@ -186,8 +186,8 @@ def test_states_that_are_lost_are_seen(
 def test_a_layer_that_does_not_continue_from_its_state_is_refused(
     broken: Callable[[list[State]], list[State]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after = _Cache.after
-    monkeypatch.setattr(_Cache, "after", lambda cache: broken(after(cache)))
+    after = LayerCache.after
+    monkeypatch.setattr(LayerCache, "after", lambda cache: broken(after(cache)))
     with pytest.raises(ModelError, match=r"Qwen3_5GatedDeltaNet carries a state .* differs by"):
         Policy(text_model("qwen3_5_text"), position_function("sequential"), [])
 

@@ -98,7 +98,7 @@ CASES = (
         "sample_in_the_trainer",
         (*VLLM, "orchestrator.group_size=4"),
         change(),
-        change(has_row_decoder=False),
+        change(memory=memory(is_gpu=False)),
         (),
     ),
     Case(

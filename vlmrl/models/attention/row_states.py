@@ -1,0 +1,80 @@
+"""The states of layers that carry one (recurrent.py), for the rows of a decode step: tensors at addresses that stay.
+
+    prefill ─ states after each prompt ─▶ fill ─▶ [R, …] ─▶ step: read, one token of each row, written in place
+                                                    └─────▶ of: copies for rows that have finished
+
+A row that is not alive keeps its state, from which the next turn of its session starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vlmrl.models.attention.recurrent import LayerCache, PrefixStates, State
+
+
+class RowStates:
+    """States of R rows."""
+
+    def __init__(self, alive: Tensor) -> None:
+        """`alive`: bool [R]; the rows whose states steps change. Read in every step."""
+        self._alive = alive
+        self._layers: dict[int, State] = {}
+        """By the layer's number; as in `State`, with a leading dimension of R."""
+
+    def fill(self, states: Sequence[PrefixStates]) -> None:
+        """Set the states of the first rows. Rows with one prompt may bring one object."""
+        distinct = {id(each): each for each in states}
+        place = {key: index for index, key in enumerate(distinct)}
+        index = torch.tensor([place[id(each)] for each in states], device=self._alive.device)
+        for number, first in states[0].items():
+            if number not in self._layers:
+                self._layers[number] = _mapped(first, lambda x: x.new_zeros(len(self._alive), *x.shape))
+            sources = [each[number] for each in distinct.values()]
+            for kind, i, target in _tensors(self._layers[number]):
+                values = torch.stack([getattr(source, kind)[i] for source in sources])
+                torch.index_select(values, 0, index, out=target[: len(states)])
+
+    def step(self, number: int, rows: int, forward: Callable[[LayerCache], Tensor]) -> Tensor:
+        """What `forward` of layer `number` returns for one further token of each of the first rows; their states become
+        those after it."""
+        own = self._layers[number]
+        before = _mapped(own, lambda x: x[:rows])
+        cache = LayerCache(before.conv, before.recurrent, continues=True)
+        output = forward(cache)
+        alive = self._alive[:rows]
+        for kind, i, old in _tensors(before):
+            new: Tensor = (cache.conv_states if kind == "conv" else cache.recurrent_states)[i]
+            assert new is not old, "a layer that writes its state in place would change rows that are not alive"
+            torch.where(alive.view(-1, *[1] * (new.dim() - 1)), new, old, out=old)
+        return output
+
+    def keep(self, index: Tensor) -> None:
+        """Move the rows `index`, int64 [n] ascending, to the front."""
+        for own in self._layers.values():
+            for _, _, tensor in _tensors(own):
+                tensor[: len(index)].copy_(tensor[index])
+
+    def of(self, rows: Sequence[int]) -> list[PrefixStates]:
+        """Copies of the states of some rows."""
+        index = torch.tensor(rows, device=self._alive.device)
+        found: list[PrefixStates] = [{} for _ in rows]
+        for number, own in self._layers.items():
+            copies = _mapped(own, lambda x: x[index])
+            for at, states in enumerate(found):
+                states[number] = _mapped(copies, lambda x, at=at: x[at])  # type: ignore[misc]
+        return found
+
+
+def _mapped(state: State, function: Callable[[Tensor], Tensor]) -> State:
+    conv = {i: function(x) for i, x in state.conv.items()}
+    return State(conv, {i: function(x) for i, x in state.recurrent.items()})
+
+
+def _tensors(state: State) -> list[tuple[str, int, Tensor]]:
+    """Kind, index and tensor."""
+    conv = [("conv", i, x) for i, x in state.conv.items()]
+    return conv + [("recurrent", i, x) for i, x in state.recurrent.items()]
