@@ -2,15 +2,18 @@
 
     python benchmarks/embedded_gpu.py [--size 2b] [--parts exact,rate,equal,mismatch,start]
     python benchmarks/embedded_gpu.py --parts rate,offline --checkpoint DIR      beside LLM.generate, the same model
+    python benchmarks/embedded_gpu.py --family qwen3_5 --parts rate,mismatch --decoders embedded,reference
     python benchmarks/embedded_gpu.py --size tiny --device cpu --shapes 2x5x37x16 --rounds 1      rehearsal
 
 A shape is groups × siblings × prompt × new tokens. Prompts are random text tokens that no side has seen; with
 `--image-side 1000` they are an image of so many pixels and a question instead (`--images 32`: so many images, `--frames
 64`: a video). Weights are random, with every logit multiplied by `--logit-scale`, so that distributions are as peaky as
-a trained model's; or they are those of the Qwen3-VL in `--checkpoint`.
+a trained model's; or they are those of the Qwen3-VL in `--checkpoint`. `--family` is another family in the size of
+large_family.py.
 
     exact      attention of a decode step against one softmax in float64, at each shape's sizes
-    rate       sampled tokens per second of whole calls, prefill included; one warm-up, then the median of the rounds
+    rate       sampled tokens per second of whole calls, prefill included; one warm-up, then the median of the rounds;
+               by each of `--decoders`: `embedded` or the reference decoder
     offline    the same shapes by `vllm.LLM.generate` (benchmarks/shared_prefix.py), in a process of its own
     equal      the share of completions at equal seeds that the fast decoder and the reference decoder agree on, and of
                their tokens before the first difference, with at most `--compare-tokens` new tokens
@@ -35,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -91,6 +95,16 @@ def made(args: argparse.Namespace, dtype: str) -> tuple[Any, Any]:
 
     from vlmrl.config.model import Dtype, Init
 
+    if args.family:
+        from families_gpu import policy_and_renderer
+        from large_family import scale_logits
+
+        with tempfile.TemporaryDirectory() as folder:
+            size = "tiny" if args.size == "tiny" else "large"
+            policy, renderer = policy_and_renderer(args.family, size, Path(folder) / args.family, args.device)
+        policy.model.to(getattr(torch, dtype))
+        scale_logits(policy.model, args.logit_scale)
+        return policy, renderer if args.image_side else None
     config = model_config(args.size, Dtype(dtype), args.device)
     if args.checkpoint is not None:
         config = replace(config, init=Init.pretrained, name=str(args.checkpoint), size=None)
@@ -166,8 +180,8 @@ def rate(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
 
     print("\n| shape | decoder | tokens/s | rounds | first call s | peak GiB |\n|---|---|---|---|---|---|", flush=True)
     parts = made(args, args.dtype)
-    for shape in shapes:
-        with decoder(fast=True):
+    for shape, name in product(shapes, args.decoders.split(",")):
+        with decoder(fast=name == "embedded"):
             engine = engine_of(parts[0])
             _, first = sampled(args, parts, shape, 1, engine)
             rates = []
@@ -176,9 +190,7 @@ def rate(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
                 rates.append(sum(len(said.token_ids) for _, said in found) / seconds)
         peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
         span = f"{min(rates):,.0f} to {max(rates):,.0f}"
-        print(
-            f"| {shape} | embedded | {statistics.median(rates):,.0f} | {span} | {first:.2f} | {peak:.1f} |", flush=True
-        )
+        print(f"| {shape} | {name} | {statistics.median(rates):,.0f} | {span} | {first:.2f} | {peak:.1f} |", flush=True)
 
 
 def equal(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
@@ -374,6 +386,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=0, help="of one video per prompt in place of the images")
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--family", default="", help="of large_family.py; default: Qwen3-VL")
+    parser.add_argument("--decoders", default="embedded", help="of embedded, reference; for the part rate")
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     shapes, parts = [Shape.of(each) for each in args.shapes.split(",")], args.parts.split(",")

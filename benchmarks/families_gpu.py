@@ -106,6 +106,29 @@ def main() -> None:
                 Steps(arguments, family, folder).measure_all()
 
 
+def policy_and_renderer(family: str, size: str, folder: Path, device: str) -> tuple[Policy, Renderer]:
+    """A family's policy with random weights, bfloat16 unless tiny, and its renderer; writes their `folder`."""
+    write_tokenizer_and_config(family, size, folder)
+    fields = known_families()[family]
+    video = VideoConfig(**fields["video"]) if "video" in fields else None
+    vlm = VLMConfig(**{**fields, "video": video})
+    config = ModelConfig(name=str(folder), dtype=Dtype.float32, device=device, vlm=vlm)
+    model: Any = load_model(folder, config) if size == "tiny" else random_model(folder, device)
+    processor = load_processor(folder, vlm)
+    renderer = make_renderer(
+        RendererConfig(name=TEMPLATE),
+        config,
+        load_tokenizer(folder),
+        processor.image_processor,
+        model.get_input_embeddings().num_embeddings,
+        family_of(vlm).placeholder_tokens,
+        processor=processor,
+        eos_ids=load_eos_ids(folder),
+    )
+    merge = model.config.vision_config.spatial_merge_size
+    return Policy(model, position_function(vlm.positions, merge), renderer.banned_token_ids), renderer
+
+
 class Steps:
     """The training steps of one family."""
 
@@ -113,11 +136,10 @@ class Steps:
         self.arguments, self.family, self.folder = arguments, family, folder
         self.gpu = arguments.device == "cuda"
         self.started = time.perf_counter()
-        write_tokenizer_and_config(family, arguments.size, folder)
 
     def measure_all(self) -> None:
         """Print a line for each shape and row."""
-        policy, renderer = self.policy_and_renderer()
+        policy, renderer = policy_and_renderer(self.family, self.arguments.size, self.folder, self.arguments.device)
         if self.gpu:
             compile_blocks(policy.model)
         for shape in self.arguments.shapes.split(","):
@@ -136,29 +158,6 @@ class Steps:
                 policy.model.zero_grad(set_to_none=True)
                 gc.collect()
                 print(f"| {self.family} | {shape} | {row} | {figures}", flush=True)
-
-    def policy_and_renderer(self) -> tuple[Policy, Renderer]:
-        fields = known_families()[self.family]
-        video = VideoConfig(**fields["video"]) if "video" in fields else None
-        vlm = VLMConfig(**{**fields, "video": video})
-        config = ModelConfig(name=str(self.folder), dtype=Dtype.float32, device=self.arguments.device, vlm=vlm)
-        if self.arguments.size == "tiny":
-            model: Any = load_model(self.folder, config)
-        else:
-            model = random_model(self.folder, self.arguments.device)
-        processor = load_processor(self.folder, vlm)
-        renderer = make_renderer(
-            RendererConfig(name=TEMPLATE),
-            config,
-            load_tokenizer(self.folder),
-            processor.image_processor,
-            model.get_input_embeddings().num_embeddings,
-            family_of(vlm).placeholder_tokens,
-            processor=processor,
-            eos_ids=load_eos_ids(self.folder),
-        )
-        merge = model.config.vision_config.spatial_merge_size
-        return Policy(model, position_function(vlm.positions, merge), renderer.banned_token_ids), renderer
 
     def measure(self, policy: Policy, packing: Packing, samples: list[Any]) -> str:
         kernel = policy.kernel(shared=packing is Packing.tree)

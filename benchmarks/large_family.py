@@ -117,12 +117,17 @@ def random_model(folder: Path, device: str, *, logit_scale: float = 1.0) -> Any:
     auto: Any = AutoModelForImageTextToText
     with torch.device(device):
         model = auto.from_config(config, dtype=torch.bfloat16).eval()
+    scale_logits(model, logit_scale)
+    return model
+
+
+def scale_logits(model: Any, scale: float) -> None:
+    """Multiply the last norm by `scale`."""
     with torch.no_grad():
         norm = model.base_model.get_decoder().norm.weight
         # Qwen3.5's norms multiply by 1 + weight.
         offset = 1.0 if float(norm.abs().max()) == 0 else 0.0
-        norm.add_(offset).mul_(logit_scale).sub_(offset)
-    return model
+        norm.add_(offset).mul_(scale).sub_(offset)
 
 
 def write(family: str, size: str, folder: Path, device: str) -> Path:
