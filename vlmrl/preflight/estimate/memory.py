@@ -275,16 +275,24 @@ def engine_bytes(config: RunConfig, sizes: Sizes, step: StepTokens, ranks: int, 
         weight, prompts = BYTES[config.model.dtype], -(-step.prompts // ranks)
         prefill = kv_plan.prefill_bytes(prompts, text.hidden, text.intermediate, weight)
         working = max(prefill, kv_plan.logits_bytes(rows, text.vocabulary))
-        return -(-step.slots // ranks) * slot_bytes(config, text) + working + whole
+        states = kv_plan.STATE_COPIES * rows * state_bytes(config, text)
+        return -(-step.slots // ranks) * slot_bytes(config, text) + working + states + whole
     slots, before = max(FIRST_CAPACITY_SLOTS, 2 * step.prompts // ranks), 0
     while slots < step.rollouts / ranks:
         slots, before = 2 * (slots + 1), slots
-    return (slots + before) * slot_bytes(config, text) + BYTES_PER_LOGIT * rows * text.vocabulary + whole
+    of_row = BYTES_PER_LOGIT * text.vocabulary + state_bytes(config, text)
+    return (slots + before) * slot_bytes(config, text) + rows * of_row + whole
 
 
 def slot_bytes(config: RunConfig, text: TextSizes) -> int:
     """Bytes of a token in the KV cache of the embedded engine."""
-    return kv_plan.slot_bytes(text.layers, text.kv_heads, text.head_dim, BYTES[config.model.dtype])
+    layers = text.layers - text.stateful_layers
+    return kv_plan.slot_bytes(layers, text.kv_heads, text.head_dim, BYTES[config.model.dtype])
+
+
+def state_bytes(config: RunConfig, text: TextSizes) -> int:
+    """Bytes of the states of a row in the embedded engine; 0 for a model whose layers carry none."""
+    return BYTES[config.model.dtype] * text.conv_state + 4 * text.recurrent_state
 
 
 def engine_parts(config: RunConfig, sizes: Sizes, step: StepTokens, free: int, ranks: int) -> int:
@@ -293,7 +301,8 @@ def engine_parts(config: RunConfig, sizes: Sizes, step: StepTokens, free: int, r
     text = sizes.text
     assert text is not None, "only for a model whose layers are known"
     rows, left = -(-step.sampled_at_a_time // ranks), max(0, free - gathered_bytes(config, sizes, ranks))
-    held = kv_plan.affordable_slots(left, slot_bytes(config, text), rows, text.vocabulary)
+    states = state_bytes(config, text)
+    held = kv_plan.affordable_slots(left, slot_bytes(config, text), rows, text.vocabulary, states)
     return -(-step.slots // (ranks * held)) if held else 0
 
 

@@ -44,6 +44,12 @@ class TextSizes:
     vocabulary: int
     has_experts: bool = False
     """Whether the MLP is a mixture of experts."""
+    stateful_layers: int = 0
+    """Of `layers`, those that carry a state from token to token and have no keys."""
+    conv_state: int = 0
+    """Numbers in the windows of their convolutions, all layers together."""
+    recurrent_state: int = 0
+    """Numbers of their recurrent states, float32, all layers together."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +138,30 @@ def from_numbers(numbers: Mapping[str, Any], source: str, family: Family, image_
             head_dim=_head_dim(text),
             vocabulary=text["vocab_size"],
             has_experts=bool(text.get("num_experts")),
+            **_states(text),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):  # another family's, or no numbers
         return Sizes(source, None, None, None, image_bounds)
     return Sizes(source, parameters, tower, shape, image_bounds)
+
+
+def _states(text: Mapping[str, Any]) -> dict[str, int]:
+    """What gated delta nets and short convolutions carry, by the names of transformers; other layers have keys."""
+    kinds = list(text.get("layer_types") or ())
+    nets = kinds.count("linear_attention") if "linear_num_value_heads" in text else 0
+    convolutions = kinds.count("conv") if "conv_L_cache" in text else 0
+    window = recurrent = 0
+    if nets:
+        heads, size = text["linear_num_value_heads"], text["linear_key_head_dim"]
+        recurrent = heads * size * text["linear_value_head_dim"]
+        channels = 2 * text["linear_num_key_heads"] * size + heads * text["linear_value_head_dim"]
+        window = channels * text["linear_conv_kernel_dim"]
+    short = text["hidden_size"] * text["conv_L_cache"] if convolutions else 0
+    return {
+        "stateful_layers": nets + convolutions,
+        "conv_state": nets * window + convolutions * short,
+        "recurrent_state": nets * recurrent,
+    }
 
 
 def _head_dim(text: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.bench_numbers import config_of
 from support.helpers import BANNED, TINY, image, prompt
 from support.recurrent_models import text_model
 from vlmrl.errors import EngineError
@@ -19,9 +20,11 @@ from vlmrl.inference.embedded import prefill as embedded_prefill
 from vlmrl.inference.embedded.generator import Generator
 from vlmrl.inference.embedded.requests import Request, SessionCache
 from vlmrl.inference.embedded.row_decoding import RowDecoder
+from vlmrl.models.families import family_of
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
-from vlmrl.preflight.estimate.sizes import find_sizes
+from vlmrl.preflight.estimate import memory as estimate
+from vlmrl.preflight.estimate.sizes import find_sizes, from_numbers
 from vlmrl.types import Completion, SamplingParams
 
 TEXT = find_sizes(TINY).text
@@ -208,6 +211,10 @@ def test_states_of_rows_are_measured_and_left_room(name: str) -> None:
     layers = decoder._state.states._layers.values()
     held = sum(x.nbytes for each in layers for x in (*each.conv.values(), *each.recurrent.values()))
     assert held == state * decoder._state.room.rows > 0
+    text = from_numbers(policy.config.to_dict(), "", family_of(TINY.vlm), None).text
+    assert text is not None
+    assert slot == estimate.slot_bytes(config_of("model.dtype=float32"), text), "`dry_run` says the same"
+    assert state == estimate.state_bytes(config_of("model.dtype=float32"), text)
     kept = kv_plan.affordable_slots(10**9, slot, 5, 64) - kv_plan.affordable_slots(10**9, slot, 5, 64, state)
     assert kept == pytest.approx(2 * 5 * state / slot, abs=1)
     assert engine._memory._affordable(5) == kv_plan.affordable_slots(10**9, slot, 5, len(policy.banned), state)
