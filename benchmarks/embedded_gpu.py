@@ -91,26 +91,22 @@ class Timed(Noise):
 def made(args: argparse.Namespace, dtype: str) -> tuple[Any, Any]:
     """The policy, with its logits scaled, and its renderer."""
     import torch
+    from families_gpu import policy_and_renderer
+    from large_family import scale_logits
     from training_batches import model_config, policy_of
 
     from vlmrl.config.model import Dtype, Init
 
     if args.family:
-        from families_gpu import policy_and_renderer
-        from large_family import scale_logits
-
+        size, number = "tiny" if args.size == "tiny" else "large", getattr(torch, dtype)
         with tempfile.TemporaryDirectory() as folder:
-            size = "tiny" if args.size == "tiny" else "large"
-            policy, renderer = policy_and_renderer(args.family, size, Path(folder) / args.family, args.device)
-        policy.model.to(getattr(torch, dtype))
-        scale_logits(policy.model, args.logit_scale)
-        return policy, renderer if args.image_side else None
-    config = model_config(args.size, Dtype(dtype), args.device)
-    if args.checkpoint is not None:
-        config = replace(config, init=Init.pretrained, name=str(args.checkpoint), size=None)
-    policy, renderer = policy_of(config)
-    with torch.no_grad():
-        policy.model.base_model.get_decoder().norm.weight.mul_(args.logit_scale)
+            policy, renderer = policy_and_renderer(args.family, size, Path(folder) / args.family, args.device, number)
+    else:
+        config = model_config(args.size, Dtype(dtype), args.device)
+        if args.checkpoint is not None:
+            config = replace(config, init=Init.pretrained, name=str(args.checkpoint), size=None)
+        policy, renderer = policy_of(config)
+    scale_logits(policy.model, args.logit_scale)
     return policy, renderer if args.image_side else None
 
 

@@ -106,14 +106,19 @@ def main() -> None:
                 Steps(arguments, family, folder).measure_all()
 
 
-def policy_and_renderer(family: str, size: str, folder: Path, device: str) -> tuple[Policy, Renderer]:
-    """A family's policy with random weights, bfloat16 unless tiny, and its renderer; writes their `folder`."""
+def policy_and_renderer(
+    family: str, size: str, folder: Path, device: str, dtype: torch.dtype | None = None
+) -> tuple[Policy, Renderer]:
+    """A family's policy with random weights, and its renderer; writes their `folder`. Without a `dtype` it is bfloat16,
+    or float32 for the tiny one."""
     write_tokenizer_and_config(family, size, folder)
     fields = known_families()[family]
     video = VideoConfig(**fields["video"]) if "video" in fields else None
     vlm = VLMConfig(**{**fields, "video": video})
     config = ModelConfig(name=str(folder), dtype=Dtype.float32, device=device, vlm=vlm)
     model: Any = load_model(folder, config) if size == "tiny" else random_model(folder, device)
+    if dtype is not None:
+        model.to(dtype)
     processor = load_processor(folder, vlm)
     renderer = make_renderer(
         RendererConfig(name=TEMPLATE),
