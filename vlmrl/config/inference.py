@@ -110,3 +110,8 @@ class VllmConfig(InferenceConfig):
     def starts_servers(self) -> bool:
         """Whether the run's own process starts the servers, on its machine."""
         return not self.urls and self.slurm_tasks == 0
+
+    @property
+    def engines(self) -> int:
+        """Engines behind all servers of the run."""
+        return (len(self.urls) or self.slurm_tasks or self.replicas) * self.data_parallel_size

@@ -1,7 +1,7 @@
 """`mode=bench`: a few steps of the run as it is, and how fast they are beside what this machine could do.
 
-    speeds of a product and a copy ─▶ steps that warm up, measured steps (schedule.py) ─▶ Measured ─▶ table, bench.json,
-    verdict
+    speeds of a product and a copy ─▶ steps that warm up ─▶ measured steps ─▶ Measured ─▶ table, bench.json, verdict
+                                      └──────── schedule.py ────────┘
 
 Everything is the run's own: task, renderer, engine, trainer, weight sync, ranks. `bench_settings` turns off what is no
 part of a usual step (evaluations, the blind control, W&B, the report), and what depends on rewards, which random

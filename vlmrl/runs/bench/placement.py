@@ -14,6 +14,11 @@ FEW_SIBLINGS = 4
 """Fewer share too little for the embedded engine to be clearly faster than a server."""
 
 
+def _waits(found: Measured) -> float:
+    """Seconds of a step in which the trainer waits for the engine."""
+    return found.times.waiting if found.is_asynchronous else found.times.kinds[SAMPLING]
+
+
 def sample_and_train_at_once(found: Measured) -> Advice | None:
     """Servers and the trainer take turns in an on-policy run, so each waits for the other."""
     saved = min(found.rollouts, found.times.training)
@@ -40,9 +45,8 @@ def roll_out_further_ahead(found: Measured) -> Advice | None:
         return Advice(idle, finding, settings)
     if not isinstance(own, VllmConfig) or not found.memory.is_gpu:
         return None
-    at_once = (staleness - 1) * found.tokens.rollouts / (len(own.urls) or own.slurm_tasks or own.replicas)
-    at_once /= own.data_parallel_size
-    if at_once >= min(REQUESTS_AT_ONCE, own.extra_args.get("max_num_seqs", REQUESTS_AT_ONCE)):
+    at_once, most = (staleness - 1) * found.tokens.rollouts / own.engines, own.extra_args.get("max_num_seqs")
+    if at_once >= min(REQUESTS_AT_ONCE, most if isinstance(most, int) else REQUESTS_AT_ONCE):
         return None
     return Advice(
         waiting,
@@ -55,7 +59,7 @@ def roll_out_further_ahead(found: Measured) -> Advice | None:
 def sample_in_the_trainer(found: Measured) -> Advice | None:
     """A server reads keys and values of a prompt once per sibling; the embedded engine reads them once."""
     own, config, memory = found.config.inference, found.config, found.memory
-    seconds = found.times.waiting if found.is_asynchronous else found.times.kinds[SAMPLING]
+    seconds = _waits(found)
     if not isinstance(own, VllmConfig) or not own.starts_servers or own.tensor_parallel_size > 1 or own.slurm_tasks:
         return None
     if not memory.is_gpu or config.orchestrator.group_size < FEW_SIBLINGS or not stands_out(found, seconds):
@@ -79,7 +83,7 @@ def use_spare_gpus(found: Measured) -> Advice | None:
     if not isinstance(own, VllmConfig) or not own.starts_servers:
         return None
     spare = found.spare_gpus // (own.tensor_parallel_size * own.data_parallel_size)
-    seconds = found.times.waiting if found.is_asynchronous else found.times.kinds[SAMPLING]
+    seconds = _waits(found)
     if not spare or not stands_out(found, seconds):
         return None
     return Advice(

@@ -161,7 +161,7 @@ def engine_devices(config: RunConfig, device: torch.device) -> int | None:
         return 1
     if device.type != "cuda":
         return None
-    return (len(own.urls) or own.slurm_tasks or own.replicas) * own.tensor_parallel_size * own.data_parallel_size
+    return own.engines * own.tensor_parallel_size
 
 
 def _memory(run: Run, taken: Taken, machine: Machine, ranks: int, tokens: Tokens) -> Memory:

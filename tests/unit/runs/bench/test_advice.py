@@ -261,6 +261,14 @@ def test_the_trainer_samples_on_all_gpus_of_the_run(server_share: float, replica
     assert command in advice.finding
 
 
+@pytest.mark.parametrize("most", ["'512'", "null", "[]"])
+def test_a_number_of_requests_that_only_vllm_understands(most: str) -> None:
+    """`extra_args` is free, so the advice goes on without it."""
+    config = config_of(*ASYNC, f"+inference.extra_args={{max_num_seqs:{most}}}")
+    found = measured(config, times=times({SAMPLING: 10.0}, waiting=3.0))
+    assert BY_NAME["roll_out_further_ahead"](found) is not None
+
+
 def test_few_siblings_stay_with_a_server() -> None:
     found = measured(config_of(*VLLM, "orchestrator.group_size=2"))
     assert BY_NAME["sample_in_the_trainer"](found) is None

@@ -14,7 +14,7 @@ from vlmrl.runs.bench.schedule import Schedule
         (1, [0.3, 0.0, 0.0], 2),
         (1, [0.0, 0.0, 0.01, 0.5], 5),
         (1, [0.0] * 20, 6),  # both sides are equally fast
-        (2, [0.5, 0.0, 0.0, 0.0, 0.28, 0.1], 6),  # as measured with max_staleness=2: waits while it compiles count not
+        (2, [0.5, 0.0, 0.0, 0.0, 0.28, 0.1], 6),  # as measured; step 2 warms up anyway
     ],
 )
 def test_warm_up_lasts_until_a_side_waits(max_staleness: int, waited: list[float], warmup: int) -> None:
