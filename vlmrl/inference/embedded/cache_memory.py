@@ -134,8 +134,6 @@ class CacheMemory:
             self._model.forward(nothing, np.zeros((4, 1), np.int64), nothing, [], plan, 0)
         finally:
             self._model.kv_cache.pool = kept
-        states = [
-            x for each in plan.states.ends.get(0, {}).values() for x in (*each.conv.values(), *each.recurrent.values())
-        ]
+        states = plan.states.ends.get(0, {}).values()
         slot = sum(tensor.nbytes for pair in pool.calls.values() for tensor in pair)
-        return slot, sum(tensor.nbytes for tensor in states)
+        return slot, sum(tensor.nbytes for state in states for tensor in state.tensors)

@@ -60,9 +60,14 @@ def prefill_bytes(new_tokens: int, hidden: int, intermediate: int, bytes_each: i
     return min(new_tokens, PASS_ROWS) * (2 * hidden + 3 * intermediate) * bytes_each
 
 
+def states_bytes(rows: int, state_bytes: int) -> int:
+    """Bytes of the states while `rows` rows are decoded, each of which has states of `state_bytes`."""
+    return STATE_COPIES * rows * state_bytes
+
+
 def working_bytes(rows: int, vocabulary: int, state_bytes: int = 0) -> int:
-    """Bytes that a pool leaves for decoding `rows` rows, each of which has states of `state_bytes`."""
-    return WORKING_BYTES + logits_bytes(rows, vocabulary) + STATE_COPIES * rows * state_bytes
+    """Bytes that a pool leaves for decoding `rows` rows."""
+    return WORKING_BYTES + logits_bytes(rows, vocabulary) + states_bytes(rows, state_bytes)
 
 
 def affordable_slots(free: int, slot_bytes: int, rows: int, vocabulary: int, state_bytes: int = 0) -> int:

@@ -26,7 +26,8 @@ def keep_references(mixer: Any) -> None:
 
 class _HalfPrecisionKernel:
     """A function of a recurrent layer for which a package may have put a kernel. Where such kernels fail, transformers'
-    own code computes: in float32, and for single tokens, for which they have no gradient."""
+    own code computes: in float32, and for single tokens, for which they have no gradient. On a GPU that code is
+    compiled for decode steps, whose rows are single tokens."""
 
     def __init__(self, kernel: Any, reference: Any) -> None:
         self._kernel, self._reference = kernel, reference

@@ -55,6 +55,11 @@ class State:
     recurrent: dict[int, Tensor]
     """float; the recurrent state. Empty for a layer that is a convolution only."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that is the same for all states of a layer."""
+        return [each[index] for each in (self.conv, self.recurrent) for index in sorted(each)]
+
 
 PrefixStates: TypeAlias = dict[int, State]
 """The state of every layer after one prefix, by the layer's number in `share_states`."""
@@ -190,8 +195,13 @@ class LayerCache:
         self.recurrent_states[state_idx] = recurrent_states
         return recurrent_states
 
+    @property
+    def stacked(self) -> State:
+        """The states of all sequences, [B, …] each."""
+        return State(self.conv_states, self.recurrent_states)
+
     def after(self) -> list[State]:
-        """The states after the call, one for each piece. A layer may have written them in place."""
+        """The states after the call, one for each sequence. A layer may have written them in place."""
         conv = {i: states.unbind() for i, states in self.conv_states.items()}
         recurrent = {i: states.unbind() for i, states in self.recurrent_states.items()}
         count = len(next(iter((conv or recurrent).values())))

@@ -33,10 +33,9 @@ class RowStates:
         for number, first in states[0].items():
             if number not in self._layers:
                 self._layers[number] = _mapped(first, lambda x: x.new_zeros(len(self._alive), *x.shape))
-            sources = [each[number] for each in distinct.values()]
-            for kind, i, target in _tensors(self._layers[number]):
-                values = torch.stack([getattr(source, kind)[i] for source in sources])
-                torch.index_select(values, 0, index, out=target[: len(states)])
+            values = LayerCache.of([each[number] for each in distinct.values()]).stacked
+            for target, each in zip(self._layers[number].tensors, values.tensors, strict=True):
+                torch.index_select(each, 0, index, out=target[: len(states)])
 
     def step(self, number: int, rows: int, forward: Callable[[LayerCache], Tensor]) -> Tensor:
         """What `forward` of layer `number` returns for one further token of each of the first rows; their states become
@@ -46,8 +45,7 @@ class RowStates:
         cache = LayerCache(before.conv, before.recurrent, continues=True)
         output = forward(cache)
         alive = self._alive[:rows]
-        for kind, i, old in _tensors(before):
-            new: Tensor = (cache.conv_states if kind == "conv" else cache.recurrent_states)[i]
+        for old, new in zip(before.tensors, cache.stacked.tensors, strict=True):
             assert new is not old, "a layer that writes its state in place would change rows that are not alive"
             torch.where(alive.view(-1, *[1] * (new.dim() - 1)), new, old, out=old)
         return output
@@ -55,7 +53,7 @@ class RowStates:
     def keep(self, index: Tensor) -> None:
         """Move the rows `index`, int64 [n] ascending, to the front."""
         for own in self._layers.values():
-            for _, _, tensor in _tensors(own):
+            for tensor in own.tensors:
                 tensor[: len(index)].copy_(tensor[index])
 
     def of(self, rows: Sequence[int]) -> list[PrefixStates]:
@@ -64,17 +62,12 @@ class RowStates:
         found: list[PrefixStates] = [{} for _ in rows]
         for number, own in self._layers.items():
             copies = _mapped(own, lambda x: x[index])
-            for at, states in enumerate(found):
-                states[number] = _mapped(copies, lambda x, at=at: x[at])  # type: ignore[misc]
+            cache = LayerCache(copies.conv, copies.recurrent, continues=True)
+            for states, each in zip(found, cache.after(), strict=True):
+                states[number] = each
         return found
 
 
 def _mapped(state: State, function: Callable[[Tensor], Tensor]) -> State:
     conv = {i: function(x) for i, x in state.conv.items()}
     return State(conv, {i: function(x) for i, x in state.recurrent.items()})
-
-
-def _tensors(state: State) -> list[tuple[str, int, Tensor]]:
-    """Kind, index and tensor."""
-    conv = [("conv", i, x) for i, x in state.conv.items()]
-    return conv + [("recurrent", i, x) for i, x in state.recurrent.items()]

@@ -275,7 +275,7 @@ def engine_bytes(config: RunConfig, sizes: Sizes, step: StepTokens, ranks: int, 
         weight, prompts = BYTES[config.model.dtype], -(-step.prompts // ranks)
         prefill = kv_plan.prefill_bytes(prompts, text.hidden, text.intermediate, weight)
         working = max(prefill, kv_plan.logits_bytes(rows, text.vocabulary))
-        states = kv_plan.STATE_COPIES * rows * state_bytes(config, text)
+        states = kv_plan.states_bytes(rows, state_bytes(config, text))
         return -(-step.slots // ranks) * slot_bytes(config, text) + working + states + whole
     slots, before = max(FIRST_CAPACITY_SLOTS, 2 * step.prompts // ranks), 0
     while slots < step.rollouts / ranks:

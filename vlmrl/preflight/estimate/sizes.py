@@ -152,11 +152,11 @@ def _states(text: Mapping[str, Any]) -> dict[str, int]:
     convolutions = kinds.count("conv") if "conv_L_cache" in text else 0
     window = recurrent = 0
     if nets:
-        heads, size = text["linear_num_value_heads"], text["linear_key_head_dim"]
-        recurrent = heads * size * text["linear_value_head_dim"]
-        channels = 2 * text["linear_num_key_heads"] * size + heads * text["linear_value_head_dim"]
-        window = channels * text["linear_conv_kernel_dim"]
-    short = text["hidden_size"] * text["conv_L_cache"] if convolutions else 0
+        heads, size = int(text["linear_num_value_heads"]), int(text["linear_key_head_dim"])
+        values = heads * int(text["linear_value_head_dim"])
+        recurrent = size * values
+        window = (2 * int(text["linear_num_key_heads"]) * size + values) * int(text["linear_conv_kernel_dim"])
+    short = int(text["hidden_size"]) * int(text["conv_L_cache"]) if convolutions else 0
     return {
         "stateful_layers": nets + convolutions,
         "conv_state": nets * window + convolutions * short,
