@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vlmrl.inference.embedded.prefill import DistinctPrompt
 from vlmrl.inference.embedded.requests import CachedTurn, Request
-from vlmrl.models.attention.recurrent import PrefixStates
+from vlmrl.models.attention.layer_cache import PrefixStates
 from vlmrl.types import Completion, FloatArray, IntArray, Supports
 
 

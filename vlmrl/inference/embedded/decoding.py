@@ -20,6 +20,7 @@ from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampling import SampledToken, sample_tokens, uniform_numbers
 from vlmrl.inference.stop_strings import StopFinder, TextOf
+from vlmrl.models.attention.layer_cache import PrefixStates
 from vlmrl.models.attention.plan import (
     Blocks,
     LayerPlan,
@@ -31,7 +32,7 @@ from vlmrl.models.attention.plan import (
     shared_segments,
 )
 from vlmrl.models.attention.prefix_tree import Segment, depths
-from vlmrl.models.attention.recurrent import PrefixStates, plan_states
+from vlmrl.models.attention.recurrent import plan_states
 from vlmrl.types import Completion, IntArray
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.requests import Request
+from vlmrl.models.attention.layer_cache import PrefixStates
 from vlmrl.models.attention.plan import plan_prefill
 from vlmrl.models.attention.prefix_tree import PrefixTree, Segment, build_tree, image_ends, sort_key
-from vlmrl.models.attention.recurrent import PrefixStates, StatePlan, plan_states
+from vlmrl.models.attention.recurrent import StatePlan, plan_states
 from vlmrl.types import IntArray, MMItem, Prompt, mm_token_type_ids
 
 

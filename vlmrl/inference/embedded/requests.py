@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmrl.models.attention.recurrent import PrefixStates
+from vlmrl.models.attention.layer_cache import PrefixStates
 from vlmrl.types import IntArray, Prompt, SamplingParams
 
 

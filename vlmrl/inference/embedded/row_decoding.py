@@ -38,8 +38,8 @@ from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes, most_rows
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.attention.decode import DecodeRows, uses_kernels
+from vlmrl.models.attention.layer_cache import PrefixStates
 from vlmrl.models.attention.plan import KVPool, TreePlan
-from vlmrl.models.attention.recurrent import PrefixStates
 from vlmrl.models.blocks import uncompiled_in_inference
 from vlmrl.types import Completion, IntArray
 

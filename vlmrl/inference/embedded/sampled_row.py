@@ -11,7 +11,7 @@ from vlmrl.inference.embedded.completions import Sampled
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampling import uniform_numbers
 from vlmrl.inference.stop_strings import StopFinder, TextOf
-from vlmrl.models.attention.recurrent import PrefixStates
+from vlmrl.models.attention.layer_cache import PrefixStates
 from vlmrl.types import FloatArray, IntArray
 
 

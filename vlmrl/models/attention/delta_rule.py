@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vlmrl.models.compiling import compiles_on, for_all_sizes, of_one_width
+from vlmrl.models.attention.decode import uses_kernels
+from vlmrl.models.attention.row_step import RowStep, current_step
 
 
 def keep_references(mixer: Any) -> None:
@@ -26,29 +26,44 @@ def keep_references(mixer: Any) -> None:
 
 class _HalfPrecisionKernel:
     """A function of a recurrent layer for which a package may have put a kernel. Where such kernels fail, transformers'
-    own code computes: in float32, and for single tokens, for which they have no gradient. On a GPU that code is
-    compiled for decode steps, whose rows are single tokens."""
+    own code computes: in float32, and for single tokens, for which they have no gradient. For decode steps on a GPU
+    there is a kernel here."""
 
     def __init__(self, kernel: Any, reference: Any) -> None:
         self._kernel, self._reference = kernel, reference
-        self._is_chunked = "chunk_size" in inspect.signature(reference).parameters
-
-    @cached_property
-    def _compiled(self) -> Any:
-        return for_all_sizes(self._reference)
+        self._has_step = reference.__name__ == "torch_recurrent_gated_delta_rule"
 
     def __call__(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """query [B, tokens, …]."""
-        is_step = not self._is_chunked and query.shape[1] == 1 < len(query) and not torch.is_grad_enabled()
-        if is_step and compiles_on(query.device):  # the states are read and written in a few passes, not in a dozen
-            of_one_width(query, *(each for each in args if isinstance(each, Tensor) and each.dim() == query.dim()))
-            return self._compiled(query, *args, **kwargs)
+        step = current_step()
+        if step is not None and self._has_step and uses_kernels(query.device):
+            return self._step(step, *inspect.signature(self._reference).bind(query, *args, **kwargs).args)
         if query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] > 1:
             return self._kernel(query, *args, **kwargs)
         if query.device.type == "mps":  # it has no float64
             return self._reference(query, *args, **kwargs)
         with _DecaysInDouble():
             return self._reference(query, *args, **kwargs)
+
+    def _step(
+        self,
+        step: RowStep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        _: bool,
+        normed: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference, but `state` itself becomes the one after the token. The reference's further arguments are
+        those of packages, which it ignores as well."""
+        from vlmrl.models.attention.state_kernels import step_by_kernel
+
+        output = step_by_kernel(query, key, value, decay, beta, state, step.alive, normed=normed)
+        step.written.append(state)
+        return output, state
 
 
 class _DecaysInDouble(TorchFunctionMode):

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vlmrl.models.attention.recurrent import LayerCache, PrefixStates, State
+from vlmrl.models.attention.layer_cache import LayerCache, PrefixStates, State
+from vlmrl.models.attention.row_step import row_step
 
 
 class RowStates:
@@ -37,17 +38,19 @@ class RowStates:
             for target, each in zip(self._layers[number].tensors, values.tensors, strict=True):
                 torch.index_select(each, 0, index, out=target[: len(states)])
 
-    def step(self, number: int, rows: int, forward: Callable[[LayerCache], Tensor]) -> Tensor:
+    def step(self, number: int, rows: int, forward: Callable[[LayerCache], Tensor], *, shifts_in_place: bool) -> Tensor:
         """What `forward` of layer `number` returns for one further token of each of the first rows; their states become
-        those after it."""
+        those after it. `shifts_in_place`: see `shifts_windows`."""
         own = self._layers[number]
         before = _mapped(own, lambda x: x[:rows])
-        cache = LayerCache(before.conv, before.recurrent, continues=True)
-        output = forward(cache)
+        cache = LayerCache(before.conv, before.recurrent, continues=True, record_past=not shifts_in_place)
         alive = self._alive[:rows]
+        with row_step(alive) as step:
+            output = forward(cache)
         for old, new in zip(before.tensors, cache.stacked.tensors, strict=True):
-            assert new is not old, "a layer that writes its state in place would change rows that are not alive"
-            torch.where(alive.view(-1, *[1] * (new.dim() - 1)), new, old, out=old)
+            if not step.has_written(new):
+                assert new is not old, "a layer that writes its state in place would change rows that are not alive"
+                torch.where(alive.view(-1, *[1] * (new.dim() - 1)), new, old, out=old)
         return output
 
     def keep(self, index: Tensor) -> None:

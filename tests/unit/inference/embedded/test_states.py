@@ -14,7 +14,8 @@ from support.recurrent_models import InDoublePrecision, text_model
 from vlmrl.inference.embedded import generator
 from vlmrl.inference.embedded.generator import Generator
 from vlmrl.inference.embedded.requests import Request, SessionCache
-from vlmrl.models.attention.recurrent import State, StatePlan
+from vlmrl.models.attention.layer_cache import State
+from vlmrl.models.attention.recurrent import StatePlan
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, IntArray, Prompt, SamplingParams

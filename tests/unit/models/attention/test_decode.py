@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.lib import NumpyVersion
 from torch import Tensor
 
 from support.attention_trees import MODULE
+from support.triton_kernels import choose, compile_for_an_h100, each_way, run
 from vlmrl.models.attention.decode import SEGMENT_FIELDS, DecodeRows, DecodeTables, attend_by_torch
 from vlmrl.models.attention.plan import KVPool, TreePlan
 from vlmrl.models.attention.rules import CAUSAL
@@ -201,27 +197,13 @@ def test_the_comparison_finds_a_key_too_few() -> None:
         assert worst(attend_by_torch(*inputs, DecodeRows(each, None), case.scale), wanted) > 1e-4
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("how", ["interpreted", "compiled", pytest.param("on a GPU", marks=pytest.mark.gpu)])
+@each_way
 def test_the_kernels_are_one_softmax_and_compile(how: str) -> None:
-    """In a process of its own, because Triton reads `TRITON_INTERPRET` when it is imported."""
-    if how == "on a GPU" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    if how == "interpreted" and NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6's interpreter takes arrays of one number for numbers, which NumPy 2.4 refuses")
-    tests = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
-    environment |= {"TRITON_INTERPRET": "1"} if how == "interpreted" else {}
-    done = subprocess.run([sys.executable, __file__, how], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(__file__, how)
 
 
-def compile_for_an_h100() -> None:
-    """Compile the kernels without a GPU, in half precision and for large heads, as Triton does at the first launch."""
-    import triton  # type: ignore[import-not-found]
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found]
-    from triton.compiler import ASTSource  # type: ignore[import-not-found]
-
+def compile_all() -> None:
+    """In half precision and for large heads, too."""
     from vlmrl.models.attention import decode_kernels as kernels
 
     for dtype, size, capped, windowed in (
@@ -230,16 +212,9 @@ def compile_for_an_h100() -> None:
     ):
         constants = {"H": 16, "K": 8, "D": size, "E": size, "DP": size, "EP": size}
         constants |= {"CAPPED": capped, "WINDOWED": windowed}
-        pointers = {
-            "query": dtype,
-            "keys": dtype,
-            "values": dtype,
-            "out": dtype,
-            "part_out": "fp32",
-            "part_lse": "fp32",
-        }
-        pointers |= {"new_keys": dtype, "new_values": dtype, "row_slots": "i64"}
-        pointers |= dict.fromkeys(("segments", "segment_slots", "depths", "own_slots", "lengths"), "i32")
+        kinds = {"scale": "fp32", "cap": "fp32", "part_out": "*fp32", "part_lse": "*fp32", "row_slots": "*i64"}
+        kinds |= dict.fromkeys(("query", "keys", "values", "out", "new_keys", "new_values"), f"*{dtype}")
+        kinds |= dict.fromkeys(("segments", "segment_slots", "depths", "own_slots", "lengths"), "*i32")
         most = 128 if size <= 128 else 32
         for kernel, options in (
             (kernels._segment_part, kernels.SEGMENT.options(32, size)),
@@ -247,21 +222,7 @@ def compile_for_an_h100() -> None:
             (kernels._own_part, kernels.OWN.options(16, size)),
         ):
             launched = {name: options[name] for name in ("num_warps", "num_stages")}
-            fixed = constants | {name: options[name] for name in ("M", "N")}
-            kinds = {
-                name: "constexpr"
-                if name in fixed
-                else f"*{pointers[name]}"
-                if name in pointers
-                else "fp32"
-                if name in ("scale", "cap")
-                else "i32"
-                for name in kernel.arg_names
-            }
-            values = {(kernel.arg_names.index(name),): fixed[name] for name in fixed if name in kernel.arg_names}
-            made = triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32), options=launched)
-            assert made.asm["cubin"]
-            assert made.metadata.shared < 227 << 10, "shared memory of a block on an H100"
+            compile_for_an_h100(kernel, constants | {name: options[name] for name in ("M", "N")}, kinds, launched)
 
 
 def main(device: str) -> None:
@@ -288,7 +249,4 @@ def main(device: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compiled":
-        compile_for_an_h100()
-    else:
-        main("cuda" if sys.argv[1] == "on a GPU" else "cpu")
+    choose(sys.argv[1], compiled=compile_all, on_device=main)

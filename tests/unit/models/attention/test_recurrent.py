@@ -21,9 +21,10 @@ from support.families.prompts import prompt_and_batch
 from support.recurrent_models import EAGER, HALF, MODELS, TEXT, InDoublePrecision, text_model
 from vlmrl.errors import ModelError
 from vlmrl.models.attention import recurrent
+from vlmrl.models.attention.layer_cache import LayerCache, State
 from vlmrl.models.attention.plan import plan_tree
 from vlmrl.models.attention.prefix_tree import Segment, build_tree, sort_key
-from vlmrl.models.attention.recurrent import LayerCache, State, plan_states
+from vlmrl.models.attention.recurrent import plan_states
 from vlmrl.models.blocks import checkpoint_blocks
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
