@@ -13,7 +13,7 @@ from support.helpers import END, extended, image, prompt
 from vlmrl.inference.embedded import generator
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models.policy import Policy
-from vlmrl.types import Completion, Prompt, SamplingParams
+from vlmrl.types import Completion, IntArray, Prompt, SamplingParams
 
 SYSTEM = list(range(40, 70))
 
@@ -23,15 +23,25 @@ def params(seed: int, tokens: int = 6, **others: Any) -> SamplingParams:
     return replace(plain, **others)
 
 
+def spelled(token_ids: IntArray) -> str:
+    return "".join(f"<{token}>" for token in token_ids)
+
+
 Turn = tuple[Prompt, Completion]
 
 
 def play(
-    policy: Policy, asked: Sequence[tuple[Prompt, SamplingParams]], turns: int, by_rows: bool, patch: pytest.MonkeyPatch
+    policy: Policy,
+    asked: Sequence[tuple[Prompt, SamplingParams]],
+    turns: int,
+    by_rows: bool,
+    patch: pytest.MonkeyPatch,
+    *,
+    is_rolling: bool = False,
 ) -> tuple[list[list[Turn]], EmbeddedEngine]:
     """Conversations of some turns; the replies between them have an image where the first prompt has one."""
     patch.setattr(generator, "decodes_by_rows", lambda _: by_rows)
-    engine = EmbeddedEngine(policy, lambda: 0, 2048, lambda ids: "".join(f"<{token}>" for token in ids))
+    engine = EmbeddedEngine(policy, lambda: 0, 2048, spelled, is_rolling=is_rolling)
 
     async def one(session: Any, first: Prompt, sampling: SamplingParams) -> list[Turn]:
         found: list[Turn] = []

@@ -32,6 +32,10 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("weight_sync=folder",), "weight_sync=folder does not work with inference=embedded.*=in_process"),
     (("inference=vllm", "weight_sync=in_process"), "weight_sync=in_process does not work .* set weight_sync=folder"),
     (
+        ("model.device=cpu", "inference.batching=rolling"),
+        "inference.batching=rolling lets requests .* model.device=cpu samples batches whole.*=together",
+    ),
+    (
         ("inference=vllm", "inference.urls=[http://127.0.0.1:8000]", "weight_sync.running_requests=keep"),
         "running_requests=keep needs servers that the run starts.*=recompute",
     ),

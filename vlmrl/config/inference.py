@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
@@ -24,12 +25,24 @@ class InferenceConfig:
     """The most tokens of prompt and completion together."""
 
 
+class Batching(Enum):
+    """When a request of the embedded engine is sampled."""
+
+    together = "together"
+    rolling = "rolling"
+
+
 @dataclass
 class EmbeddedConfig(InferenceConfig):
     """The policy generates in the trainer's own process, from the trainer's own weights: no server and no copy."""
 
     kind: str = setting("embedded", on_resume=Resume.refused)
     """The engine in the trainer's own process."""
+    batching: Batching = setting(Batching.together, on_resume=Resume.noted)
+    """`together`: a batch starts when every rollout has asked, and answers come when all have ended, so runs repeat bit
+    for bit. `rolling`: an answer comes when it has ended, and the next turn enters while the others are sampled. That
+    is faster where rollouts have several turns and answers of different lengths, and a run repeats up to rounding only.
+    On one GPU; on a CPU requests never enter."""
 
 
 @dataclass

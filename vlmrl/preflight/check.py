@@ -102,6 +102,7 @@ RULES: tuple[Rule, ...] = (
     _of_site(slurm.servers_have_tasks, Stage.submitted),
     _of_site(slurm.some_task_trains, Stage.submitted),
     _of_site(ranks.ranks_work_together, Stage.composed, Stage.submitted, Stage.here),
+    _of_site(engine.requests_can_enter, Stage.composed, Stage.submitted, Stage.here),
     _of_site(slurm.weights_cross_nodes, Stage.submitted, Stage.here),
     _of_config(learning.filters_can_find),
     _of_config(learning.overlong_answers_exist),

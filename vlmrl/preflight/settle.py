@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from vlmrl.config.inference import Batching, EmbeddedConfig
 from vlmrl.config.run import RunConfig
 
 
@@ -18,11 +19,24 @@ def settle(config: RunConfig) -> tuple[RunConfig, list[str]]:
     from vlmrl.monitor.wandb_logger import settle_wandb
 
     monitor = dataclasses.replace(config.monitor, wandb=settle_wandb(config.monitor.wandb))
-    return _settle_compile(dataclasses.replace(config, monitor=monitor))
+    config, notes = _settle_compile(dataclasses.replace(config, monitor=monitor))
+    return config, [*notes, *_of_batching(config)]
 
 
 COMPILES_NOTHING = "trainer.compile=null compiles no layer here, because the model is on a CPU, where it takes minutes"
 """The note of a run, and of a plan, whose layers would be compiled on a GPU."""
+
+
+NOTHING_ENTERS = "inference.batching=rolling has no effect here, because the model is on a CPU, where no request enters"
+"""The note of a run whose requests would enter running batches on a GPU."""
+
+
+def _of_batching(config: RunConfig) -> list[str]:
+    if not isinstance(config.inference, EmbeddedConfig) or config.inference.batching is Batching.together:
+        return []
+    from vlmrl.models.checkpoints.load import resolve_device
+
+    return [] if resolve_device(config.model).type != "cpu" else [NOTHING_ENTERS]
 
 
 def _settle_compile(config: RunConfig) -> tuple[RunConfig, list[str]]:

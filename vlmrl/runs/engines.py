@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlmrl.config.inference import VllmConfig
+from vlmrl.config.inference import Batching, EmbeddedConfig, VllmConfig
 from vlmrl.config.run import RunConfig
 from vlmrl.config.trainer import Sharding
 from vlmrl.config.weight_sync import CudaIpcSyncConfig, FolderSyncConfig, NcclSyncConfig
 from vlmrl.inference.embedded.engine import EmbeddedEngine
-from vlmrl.inference.embedded.generator import BatchSampler, Generator
+from vlmrl.inference.embedded.generator import BatchSampler, Generator, decodes_by_rows
 from vlmrl.inference.embedded.ranked import RankedGenerator
 from vlmrl.inference.vllm.engine import VllmEngine
 from vlmrl.models.checkpoints.image_size import size_settings
@@ -47,7 +47,11 @@ def make_engine(
         if trainer.ranks > 1:
             moves = config.trainer.sharding is not Sharding.none
             sampler = RankedGenerator(own, trainer.ranks, trainer.sample, weights_move=moves)
-        engine = EmbeddedEngine(policy, lambda: trainer.version, length, renderer.decode, sampler)
+        batching = config.inference.batching if isinstance(config.inference, EmbeddedConfig) else Batching.together
+        is_rolling = batching is Batching.rolling and decodes_by_rows(policy)
+        engine = EmbeddedEngine(
+            policy, lambda: trainer.version, length, renderer.decode, sampler, is_rolling=is_rolling
+        )
         return engine, InProcessSync(lambda: trainer.version, trainer.weights, engine.weights)
     sync = config.weight_sync
     transfer = WEIGHT_TRANSFERS.get(sync.kind)

@@ -108,7 +108,7 @@ POLICIES = {
         orchestrator.eval.sets.*.greedy orchestrator.eval.sets.*.temperature orchestrator.eval.sets.*.top_p
         orchestrator.eval.sets.*.top_k orchestrator.eval.sets.*.max_new_tokens orchestrator.eval.sets.*.by
         orchestrator.eval.sets.*.pass_at orchestrator.eval.sets.*.every
-        inference.max_model_len inference.dtype inference.extra_args
+        inference.max_model_len inference.batching inference.dtype inference.extra_args
         trainer.max_steps trainer.max_epochs trainer.seq_len trainer.learning_rate trainer.lr_warmup_steps trainer.decay
         trainer.min_lr_ratio trainer.decay_share trainer.part_rates.vision_tower trainer.part_rates.projector
         trainer.part_rates.language_model trainer.part_rates.head trainer.ema

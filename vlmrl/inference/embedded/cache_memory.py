@@ -88,6 +88,11 @@ class CacheMemory:
                 self._make_room([requests[index] for index in chosen])
             yield chosen
 
+    def has_room_beside(self, requests: Sequence[Request], running: int) -> bool:
+        """Whether there is room for requests beside `running` rows; if so, it is reserved."""
+        self._sessions.update(request.session for request in requests)
+        return self._make_room(requests, running)
+
     def evict(self) -> None:
         """Forget all turns and drop the KV pool."""
         for session in self._sessions:
@@ -97,8 +102,8 @@ class CacheMemory:
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _make_room(self, requests: Sequence[Request]) -> bool:
-        """Reserve the slots of a batch. False where memory does not allow it."""
+    def _make_room(self, requests: Sequence[Request], running: int = 0) -> bool:
+        """Reserve the slots of a batch beside `running` rows. False where memory does not allow it."""
         cache = self._model.kv_cache
         prompts, _ = distinct_prompts(self._model, requests)
         slots = kv_plan.batch_slots(0, [request.sampling.max_new_tokens for request in requests])
@@ -107,7 +112,7 @@ class CacheMemory:
             return True
         if not cache.used:
             cache.release()  # nothing is copied, so its memory is free for the new pool
-        affordable = self._affordable(len(requests))
+        affordable = self._affordable(running + len(requests))
         if needed > affordable:
             return False
         cache.reserve(min(affordable, int(HEADROOM * needed)) if cache.used else needed)

@@ -30,16 +30,15 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from vlmrl.errors import EngineError
+from vlmrl.inference.embedded.arrivals import Arrivals, Pending, in_order
 from vlmrl.inference.embedded.generator import BatchSampler, Generator
 from vlmrl.inference.embedded.quiet import QuietTime
 from vlmrl.inference.embedded.requests import Request, SessionCache
 from vlmrl.inference.stop_strings import TextOf
-from vlmrl.models.attention.prefix_tree import sort_key
 from vlmrl.models.lora import merged
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, Prompt, SamplingParams
@@ -52,15 +51,6 @@ CONVERSATIONS = 4
 
 CACHED_SESSIONS = 64
 """Sessions that are not awaited and have room in the KV cache although they are idle."""
-
-
-@dataclass(eq=False)
-class _Pending:
-    """A request that waits for its batch, and the future that gets its completion."""
-
-    session: EmbeddedSession
-    request: Request
-    future: asyncio.Future[Completion]
 
 
 class EmbeddedSession:
@@ -94,18 +84,24 @@ class EmbeddedEngine:
         max_model_len: int,
         text_of: TextOf | None = None,
         sampler: BatchSampler | None = None,
+        *,
+        is_rolling: bool = False,
     ) -> None:
         """`version` returns the policy version of the weights that `policy` holds now; `max_model_len` limits prompt
         plus completion, in tokens; `text_of` is the renderer's `decode`, which only stop strings need; `sampler` takes
-        the place of a `Generator` in this process."""
+        the place of a `Generator` in this process. `is_rolling`: whether requests enter a batch that runs, and
+        completions leave it; only for a policy on a GPU."""
         self._policy = policy
         self._version = version
         self._max_model_len = max_model_len
         self._sessions: set[EmbeddedSession] = set()
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._generator: BatchSampler = sampler or Generator(policy, text_of)
         self._running = False
+        self._is_rolling = is_rolling
+        self._arrivals: Arrivals | None = None
+        """Of the batch that runs, if requests may enter it."""
         self._quiet = QuietTime(self._run)
         self._largest_batch = 0
         """Requests of the largest batch since the KV cache was empty."""
@@ -155,8 +151,12 @@ class EmbeddedEngine:
                 f"inference.max_model_len={self._max_model_len}"
             )
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._pending.append(_Pending(session, Request(prompt, sampling, session.cache), future))
-        self._maybe_run()
+        pending = Pending(session, Request(prompt, sampling, session.cache), future)
+        if self._arrivals is not None and not self._is_cache_full():
+            self._arrivals.add(pending)
+        else:
+            self._pending.append(pending)
+            self._maybe_run()
         return await future
 
     def _maybe_run(self) -> None:
@@ -181,28 +181,23 @@ class EmbeddedEngine:
         if not self._pending:
             return
         self._bound_cache()
-        # Sort by content: the order of arrival depends on threads, and the order of rows changes the last bit.
-        batch, self._pending = self._pending, []
-        batch.sort(key=lambda p: (sort_key(p.request.prompt.token_ids), p.request.sampling.seed))
+        batch, self._pending = in_order(self._pending), []
         self._running = True
+        loop = asyncio.get_running_loop()
+        arrivals = self._arrivals = Arrivals(batch, loop) if self._is_rolling else None
         requests = [pending.request for pending in batch]
         started = time.monotonic()
-        task = asyncio.get_running_loop().run_in_executor(
-            self._executor, self._generator.run, requests, self._version()
-        )
+        task = loop.run_in_executor(self._executor, self._generator.run, requests, self._version(), arrivals)
 
         def deliver(done: asyncio.Future[list[Completion]]) -> None:
-            self._running = False
+            self._running, self._arrivals = False, None
             self._quiet.note_batch(time.monotonic() - started)
             error = done.exception()
-            for i, pending in enumerate(batch):
-                pending.session.missed_since = time.monotonic()
-                if pending.future.done():
-                    continue
-                if error is not None:
-                    pending.future.set_exception(error)
-                else:
-                    pending.future.set_result(done.result()[i])
+            if arrivals is not None:
+                self._pending += arrivals.close(error)
+            else:
+                for i, pending in enumerate(batch):
+                    pending.settle(None if error is not None else done.result()[i], error)
             # Sessions of this batch may have closed in the meantime, and the pending requests waited only for them.
             self._maybe_run()
 
@@ -216,10 +211,14 @@ class EmbeddedEngine:
         """Clear the KV cache where sessions that are not awaited have filled it: a server of foreign programs may never
         be without an open session."""
         self._largest_batch = max(self._largest_batch, len(self._pending))
-        sessions = max(self._largest_batch, min(len(self._sessions), CACHED_SESSIONS))
-        limit = CACHE_PER_SESSION * self._max_model_len * sessions
-        if self._generator.cached_slots > limit and not any(session.is_awaited for session in self._sessions):
+        if self._is_cache_full():
             self._largest_batch = 0
             self._generator.clear_cache()
             for session in self._sessions:
                 session.cache.clear()
+
+    def _is_cache_full(self) -> bool:
+        """Whether the KV cache is to be cleared before more requests come. Sessions that are awaited will all end."""
+        sessions = max(self._largest_batch, min(len(self._sessions), CACHED_SESSIONS))
+        limit = CACHE_PER_SESSION * self._max_model_len * sessions
+        return self._generator.cached_slots > limit and not any(session.is_awaited for session in self._sessions)

@@ -16,7 +16,7 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.kv_plan import PASS_ROWS
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled, cut_segments, prefill
 from vlmrl.models.attention.fused import MOST_PATH_KEYS, Kernel
-from vlmrl.models.attention.prefix_tree import build_tree, common_prefix
+from vlmrl.models.attention.prefix_tree import Segment, build_tree, common_prefix
 from vlmrl.types import IntArray
 
 PASS_PAIRS = 1 << 24
@@ -62,13 +62,17 @@ def prefill_in_passes(model: CachedPolicy, prompts: Sequence[DistinctPrompt]) ->
         states += found.states
         total += rows
         before = chunk[-1], found.slots[-1]
+    return Prefilled(slots, torch.cat(hidden), whole_segments(prompts, slots), states), total
+
+
+def whole_segments(prompts: Sequence[DistinctPrompt], slots: Sequence[IntArray]) -> list[Segment]:
+    """The prefix tree of sorted prompts whose tokens are in the KV cache, at `slots`. Where several prompts share a
+    token, the slot of one serves for all."""
     tree = build_tree([prompt.keys for prompt in prompts])
     slot = np.empty(tree.num_rows, np.int64)
     for nodes, of_prompt in zip(tree.rows, slots, strict=True):
         slot[nodes] = of_prompt
-    nothing = np.empty(0, np.int64)
-    segments = cut_segments(tree, prompts, slot, np.full(tree.num_rows, -1), nothing)
-    return Prefilled(slots, torch.cat(hidden), segments, states), total
+    return cut_segments(tree, prompts, slot, np.full(tree.num_rows, -1), np.empty(0, np.int64))
 
 
 def _use_cached(prompt: DistinctPrompt, before: DistinctPrompt, slots: IntArray) -> None:

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from vlmrl.errors import VlmrlError
-from vlmrl.inference.embedded.generator import Generator
+from vlmrl.inference.embedded.generator import Generator, Intake
 from vlmrl.inference.embedded.requests import Request, SessionCache
 from vlmrl.ranks.commands import Command
 from vlmrl.types import Completion, MMItem, Prompt, SamplingParams
@@ -144,7 +144,8 @@ class RankedGenerator:
         self._sent = [set() for _ in range(self._ranks)]
         self._starts_anew = True
 
-    def run(self, requests: Sequence[Request], version: int) -> list[Completion]:
+    def run(self, requests: Sequence[Request], version: int, intake: Intake | None = None) -> list[Completion]:
+        assert intake is None, "a batch of several ranks takes no further requests"
         self._deal([request for request in requests if request.session not in self._places])
         shares: list[list[int]] = [[] for _ in range(self._ranks)]
         for index, request in enumerate(requests):

@@ -2,7 +2,8 @@
 
     state (decode_state.py) ─▶ embed ▶ layers ▶ norm ▶ head ▶ sample ─▶ state      one CUDA graph (step_graphs.py)
         every READ_EVERY steps: tokens and logprobs to the host, which reads them while the next steps run; finished
-        rows leave, and if the others fit into a smaller size, they move to the front
+        rows leave, and if the others fit into a smaller size, they move to the front; requests that have come
+        meanwhile may enter (row_batch.py), and all rows are laid out anew (row_layout.py)
 
 Siblings read the keys and values of their prompt once (shared_prefixes.py, models/attention/decode.py). Each sampled
 token is drawn by the same uniform number as in decoding.py, which stays the reference: with float32 on a CPU the tokens
@@ -17,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -29,55 +29,33 @@ from vlmrl.inference.embedded.cached_policy import CachedPolicy
 from vlmrl.inference.embedded.completions import finish
 from vlmrl.inference.embedded.decode_state import DecodeState, Results, Room
 from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
-from vlmrl.inference.embedded.kernels_ahead import OWN_SLOTS, KernelsAhead, StepShape, step_shape
+from vlmrl.inference.embedded.kernels_ahead import KernelsAhead, StepShape, step_shape
 from vlmrl.inference.embedded.prefill import DistinctPrompt, Prefilled
 from vlmrl.inference.embedded.requests import Request
+from vlmrl.inference.embedded.row_batch import Company, Entering, RowBatch
+from vlmrl.inference.embedded.row_layout import (
+    StepKind,
+    kind_of,
+    lay_out,
+    longest,
+    move_to_front,
+    room_for,
+    row_sizes,
+    windows_at,
+)
 from vlmrl.inference.embedded.sampled_row import SampledRow
-from vlmrl.inference.embedded.sampling import Shape, not_finite, shape_of
-from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes, most_rows
+from vlmrl.inference.embedded.sampling import not_finite
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
 from vlmrl.inference.stop_strings import TextOf
 from vlmrl.models.attention.decode import DecodeRows, uses_kernels
 from vlmrl.models.attention.layer_cache import PrefixStates
 from vlmrl.models.attention.plan import KVPool, TreePlan
 from vlmrl.models.blocks import uncompiled_in_inference
-from vlmrl.types import Completion, IntArray
+from vlmrl.types import IntArray
 
 READ_EVERY = 8
 """Steps between two readings. A row that ends is computed for less than twice as many steps more: the next ones have
 begun when its end is read, so that the device never waits for the host."""
-
-WHOLE = Shape(1.0, 0, 1.0, 0.0, False)
-"""The whole vocabulary."""
-
-
-def row_sizes(rows: int) -> int:
-    """The size of a step for `rows` rows: a power of two, or one and a half of it. Each size is a CUDA graph. At least
-    2, because layers would be compiled again for 1.
-
-    >>> [row_sizes(n) for n in (1, 3, 7, 33, 80, 130, 256)]
-    [2, 4, 8, 48, 96, 192, 256]
-    """
-    power = max(2, _power(rows))
-    return power * 3 // 4 if power >= 32 and rows <= power * 3 // 4 else power
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What decides about the work of a step and its addresses, besides its tensors."""
-
-    rows: int
-    shapes: tuple[Shape, ...]
-    has_greedy: bool
-    windows: tuple[int | None, ...]
-    """Per rule of the model, its window; None where no row is as deep."""
-    levels: int
-    most_rows: int
-    most_keys: int
-
-    @property
-    def reports_supports(self) -> bool:
-        return any(shape.reports_support for shape in self.shapes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +70,17 @@ class _Fetched:
     results: Results
     supports: Sequence[Sequence[NDArray[np.int32] | None]]
     """Per step, the support of each row; empty where none is reported."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What stays the same while a batch is decoded."""
+
+    version: int
+    """Of the policy."""
+    company: Company
+    unread: int
+    """A slot of the KV cache that no row reads."""
 
 
 class RowDecoder:
@@ -125,45 +114,46 @@ class RowDecoder:
         """Call it before the prefill of a batch: compile beside it what its steps will need, if nothing has yet."""
 
         def shape() -> StepShape:
-            windows = self._windows(_deepest(requests, prompts, request_prompt))
+            windows = windows_at(self._model.policy, longest(requests, prompts, request_prompt))
             return step_shape(prompts, request_prompt, row_sizes(len(requests)), windows)
 
         if self._ahead is not None:
             self._ahead.begin(shape)
 
-    def decode(
-        self,
-        version: int,
-        requests: Sequence[Request],
-        prompts: Sequence[DistinctPrompt],
-        request_prompt: Sequence[int],
-        prefilled: Prefilled,
-    ) -> tuple[list[Completion], int]:
-        """See `decoding.decode`; inside `running`. The rows that it counts are those of tokens that belong to a
-        completion."""
+    def decode(self, version: int, entering: Entering, company: Company) -> int:
+        """Sample the completions of requests, and of those that enter beside them, which `company` gets → the rows that
+        were computed, of tokens that belong to a completion. Inside `running`."""
         if self._ahead is not None:
             self._ahead.wait()
         cache = self._model.kv_cache
-        order = np.argsort(request_prompt, kind="stable").tolist()
-        rows = [
-            SampledRow(
-                requests[number],
-                number,
-                request_prompt[number],
-                cache.take(requests[number].sampling.max_new_tokens - 1),
-                self._text_of,
-            )
-            for number in order
-        ]
-        unread = cache.take(1)
-        shared = SharedPrefixes(prompts, prefilled.segments, [row.prompt for row in rows])
-        self._sample_all(rows, prompts, shared, prefilled, int(unread[0]))
-        cache.give_back(np.concatenate([unread, *(row.unused_slots for row in rows)]))
-        found: list[Completion | None] = [None] * len(requests)
-        for row in rows:
-            prompt = prompts[row.prompt]
-            found[row.number] = finish(row.request, version, prompt, prefilled.slots[row.prompt], row.sampled())
-        return [each for each in found if each is not None], sum(row.length - 1 for row in rows)
+        batch = self._batch(entering)
+        call = _Call(version, company, int(cache.take(1)[0]))
+        kind = self._begin(batch, entering.prefilled, call)
+        fetched: _Fetched | None = self._fetch(batch.rows, 1)
+        computed = 0
+        while batch.rows:
+            left = max(row.request.sampling.max_new_tokens - row.length for row in batch.rows)
+            steps = min(READ_EVERY, left - (fetched.steps if fetched is not None else 0))
+            for _ in range(steps):
+                self._step(kind)
+            ahead = self._fetch(batch.rows, steps)
+            if fetched is not None:
+                self._read(fetched)
+            fetched = ahead
+            computed += self._leave(batch, call)
+            if (more := company.take(len(batch.rows))) is not None:
+                self._read(fetched)
+                fetched = None
+                computed += self._leave(batch, call)
+                batch, kind, rows = self._enter(batch, more, call)
+                computed += rows
+            elif batch.rows and row_sizes(len(batch.rows)) < kind.rows:
+                kind = replace(kind, rows=row_sizes(len(batch.rows)))
+                assert self._state is not None
+                move_to_front(self._state, batch, kind.rows)
+        cache.give_back(np.array([call.unread]))
+        cache.give_back(_unused(batch.left))
+        return computed
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -177,94 +167,61 @@ class RowDecoder:
         ):
             yield
 
-    def _sample_all(
-        self,
-        rows: list[SampledRow],
-        prompts: Sequence[DistinctPrompt],
-        shared: SharedPrefixes,
-        prefilled: Prefilled,
-        unread: int,
-    ) -> None:
-        """Sample until all rows are finished."""
-        kind = self._prepare(rows, prompts, shared, prefilled.states, unread)
-        first = prefilled.hidden[torch.tensor([row.prompt for row in rows], device=prefilled.hidden.device)]
-        padding = first.new_zeros(kind.rows - len(rows), first.shape[1])
+    def _batch(self, entering: Entering) -> RowBatch:
+        """Rows for requests, with their slots."""
+
+        def row(request: Request, prompt: int) -> SampledRow:
+            slots = self._model.kv_cache.take(request.sampling.max_new_tokens - 1)
+            return SampledRow(request, prompt, slots, self._text_of)
+
+        return RowBatch.of(entering, row)
+
+    def _begin(self, batch: RowBatch, prefilled: Prefilled, call: _Call) -> StepKind:
+        """Lay out rows whose prompts have just been computed, and sample their first tokens."""
+        prompts = [row.prompt for row in batch.rows]
+        kind = self._prepare(batch, [prefilled.states[prompt] for prompt in prompts], call)
+        first = prefilled.hidden[torch.tensor(prompts, device=prefilled.hidden.device)]
+        padding = first.new_zeros(kind.rows - len(prompts), first.shape[1])
         self._sample(torch.cat([first, padding]), kind)
-        fetched = self._fetch(rows, 1)
-        while rows:
-            left = max(row.request.sampling.max_new_tokens - row.length for row in rows) - fetched.steps
-            steps = min(READ_EVERY, left)
-            for _ in range(steps):
-                self._step(kind)
-            ahead = self._fetch(rows, steps)
-            self._read(fetched)
-            rows, fetched = [row for row in rows if not row.is_finished], ahead
-            if rows and row_sizes(len(rows)) < kind.rows:
-                kind = replace(kind, rows=row_sizes(len(rows)))
-                self._move(rows, shared, kind.rows)
+        return kind
 
-    def _prepare(
-        self,
-        rows: Sequence[SampledRow],
-        prompts: Sequence[DistinctPrompt],
-        shared: SharedPrefixes,
-        states: Sequence[PrefixStates],
-        unread: int,
-    ) -> _Kind:
-        """Fill the tensors for the batch, before its first token is sampled."""
-        shapes = [_truncation(row.request) for row in rows]
-        distinct = tuple(dict.fromkeys(shapes))
-        own = [np.concatenate([shared.private[row.prompt], row.slots]) for row in rows]
-        table = shared.table(np.array([row.prompt for row in rows]))
-        size = row_sizes(len(rows))
-        state = self._roomy_state(
-            Room(
-                rows=size,
-                own=OWN_SLOTS * (max(map(len, own)) // OWN_SLOTS + 1),
-                new=max(len(row.uniforms) for row in rows),
-                stop_ids=max(1, *(len(row.request.sampling.stop_token_ids) for row in rows)),
-                segments=max(1, len(table)),
-                segment_slots=max(1, len(shared.slots)),
-                steps=READ_EVERY,
-            )
-        )
-        params = [row.request.sampling for row in rows]
-        state.unread_slot.fill_(unread)
-        state.rows.own_slots.zero_()
-        state.empty_rows(0, size)
-        at = np.array([[prompts[row.prompt].next_text_position, prompts[row.prompt].next_position] for row in rows])
-        state.fill("position", at[:, [0, 1, 1, 1]] - 1)
-        state.fill("depth", np.array([len(prompts[row.prompt].keys) - 1 for row in rows], np.int32))
-        state.fill("private", np.array([len(shared.private[row.prompt]) for row in rows]))
-        state.fill("alive", np.ones(len(rows), np.bool_))
-        state.fill("limit", np.array([each.max_new_tokens for each in params]))
-        state.fill("temperature", np.array([each.temperature or 1.0 for each in params], np.float32))
-        state.fill("is_greedy", np.array([each.temperature == 0 for each in params]))
-        state.fill("shape", np.array([distinct.index(shape) for shape in shapes]))
-        state.fill("own_slots", _padded(own, 0).astype(np.int32))
-        state.fill("stop_ids", _padded([np.array(each.stop_token_ids, np.int64) for each in params], -1))
-        state.fill("uniforms", _padded([row.uniforms for row in rows], 0.0))
-        if self._model.policy.is_recurrent:
-            state.states.fill([states[row.prompt] for row in rows])
-        state.segment_slots[: len(shared.slots)].copy_(torch.from_numpy(shared.slots))
-        state.set_segments(table)
-        deepest = _deepest([row.request for row in rows], prompts, [row.prompt for row in rows])
-        for index, row in enumerate(rows):
-            row.at = index
-        return _Kind(
-            rows=size,
-            shapes=distinct,
-            has_greedy=any(each.temperature == 0 for each in params),
-            windows=self._windows(deepest),
-            levels=shared.levels,
-            most_rows=most_rows(table),
-            most_keys=1 if uses_kernels(self._model.device) else _power(max(1, shared.most_keys)),
-        )
+    def _enter(self, batch: RowBatch, entering: Entering, call: _Call) -> tuple[RowBatch, StepKind, int]:
+        """Have requests enter a batch of which nothing is on its way to the host → the new batch, laid out, and the
+        rows of completions that have ended already. Those that enter sample their first tokens by themselves."""
+        states = self._states_of(batch.rows)
+        fresh, prefilled = self._batch(entering), entering.prefilled
+        states |= {id(row): prefilled.states[row.prompt] for row in fresh.rows}
+        kind = self._begin(fresh, prefilled, call)
+        self._read(self._fetch(fresh.rows, 1))
+        computed = self._leave(fresh, call)
+        # No step computes what has left, from here on.
+        self._model.kv_cache.give_back(_unused([*batch.left, *fresh.left]))
+        joined = batch.joined(fresh)
+        if joined.rows:
+            kind = self._prepare(joined, [states[id(row)] for row in joined.rows], call)
+        return joined, kind, computed
 
-    def _windows(self, deepest: int) -> tuple[int | None, ...]:
-        """Per rule of the model, its window; None where no row gets deeper than it."""
-        windows = (rule.window for rule in self._model.policy.rules.distinct)
-        return tuple(None if window is None or deepest <= window else window for window in windows)
+    def _states_of(self, rows: Sequence[SampledRow]) -> dict[int, PrefixStates]:
+        """Copies of the states of rows, by their ids; empty for a model whose layers carry none."""
+        if not (self._model.policy.is_recurrent and rows):
+            return {id(row): {} for row in rows}
+        assert self._state is not None
+        copies = self._state.states.of([row.at for row in rows])
+        return {id(row): each for row, each in zip(rows, copies, strict=True)}
+
+    def _leave(self, batch: RowBatch, call: _Call) -> int:
+        """Hand over the completions that have ended → their rows."""
+        ended = batch.take_ended()
+        for row in ended:
+            prompt, slots = batch.prompts[row.prompt], batch.slots[row.prompt]
+            call.company.ended(row.request, finish(row.request, call.version, prompt, slots, row.sampled()))
+        return sum(row.length - 1 for row in ended)
+
+    def _prepare(self, batch: RowBatch, states: Sequence[PrefixStates], call: _Call) -> StepKind:
+        """Fill the tensors for a batch whose rows have these `states`."""
+        state = self._roomy_state(room_for(batch, READ_EVERY))
+        lay_out(state, batch, call.unread, states)
+        return kind_of(batch, self._model.policy)
 
     def _roomy_state(self, room: Room) -> DecodeState:
         """The tensors, with room for a batch. Graphs that hold other addresses are dropped."""
@@ -278,16 +235,7 @@ class RowDecoder:
             self._version, self._pool = version, ref(pool)
         return self._state
 
-    def _move(self, rows: Sequence[SampledRow], shared: SharedPrefixes, size: int) -> None:
-        """Move `rows`, which are not finished, to the front of a step of `size` rows."""
-        assert self._state is not None
-        self._state.keep(np.array([row.at for row in rows]))
-        self._state.empty_rows(len(rows), size)
-        self._state.set_segments(shared.table(np.array([row.prompt for row in rows])))
-        for index, row in enumerate(rows):
-            row.at = index
-
-    def _step(self, kind: _Kind) -> None:
+    def _step(self, kind: StepKind) -> None:
         """Compute the newest tokens and sample the next ones."""
         if kind.reports_supports:  # sizes of supports are read at once, which no graph can do
             self._sample(self._hidden(kind), kind)
@@ -296,7 +244,7 @@ class RowDecoder:
             code = replace(kind, most_keys=0), self._state.room
             self._graphs.run(kind, code, lambda: self._sample(self._hidden(kind), kind))
 
-    def _hidden(self, kind: _Kind) -> Tensor:
+    def _hidden(self, kind: StepKind) -> Tensor:
         """The hidden states of the newest tokens, float [R, hidden]."""
         assert self._state is not None
         policy, state, size = self._model.policy, self._state, kind.rows
@@ -314,7 +262,7 @@ class RowDecoder:
         position = rows.position[:size].t().contiguous()  # as in a prefill, whose compiled layers these are
         return policy.hidden_states(rows.token[:size], position, state.types[:size], plan, None, nothing)
 
-    def _sample(self, hidden: Tensor, kind: _Kind) -> None:
+    def _sample(self, hidden: Tensor, kind: StepKind) -> None:
         """Draw a token per row from hidden states float [R, hidden], and advance the rows that go on."""
         assert self._state is not None
         state, rows, size = self._state, self._state.rows, kind.rows
@@ -371,26 +319,6 @@ class RowDecoder:
             row.states = states
 
 
-def _deepest(requests: Sequence[Request], prompts: Sequence[DistinctPrompt], request_prompt: Sequence[int]) -> int:
-    """Tokens of the longest conversation that may come about."""
-    pairs = zip(requests, request_prompt, strict=True)
-    return max(len(prompts[prompt].keys) + request.sampling.max_new_tokens for request, prompt in pairs)
-
-
-def _truncation(request: Request) -> Shape:
-    """How the request truncates its distribution; one for all temperatures."""
-    shape = shape_of(request.sampling)
-    return replace(shape, temperature=1.0) if shape.truncates else WHOLE
-
-
-def _padded(arrays: Sequence[NDArray[Any]], value: float) -> NDArray[Any]:
-    """[n, longest] of `arrays`, filled up with `value`."""
-    found = np.full((len(arrays), max(1, *map(len, arrays))), value, arrays[0].dtype)
-    for row, array in zip(found, arrays, strict=True):
-        row[: len(array)] = array
-    return found
-
-
-def _power(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
+def _unused(rows: Sequence[SampledRow]) -> IntArray:
+    """The slots behind the completions of finished rows."""
+    return np.concatenate([np.empty(0, np.int64), *(row.unused_slots for row in rows)])

@@ -19,12 +19,12 @@ class SampledRow:
     """Collects the tokens of one request. The device stops a row after a stop token and at its limit; only the host
     finds stop strings, so some tokens may come after them, which are dropped."""
 
-    def __init__(self, request: Request, number: int, prompt: int, slots: IntArray, text_of: TextOf | None) -> None:
-        """`number` is the index of the request, `prompt` that of its prompt, `slots` int64 [max_new_tokens − 1] the
-        places of its tokens in the KV cache."""
-        self.request, self.number, self.prompt, self.slots = request, number, prompt, slots
+    def __init__(self, request: Request, prompt: int, slots: IntArray, text_of: TextOf | None) -> None:
+        """`prompt` is the index of its prompt, `slots` int64 [max_new_tokens − 1] the places of its tokens in the KV
+        cache."""
+        self.request, self.prompt, self.slots = request, prompt, slots
         self.uniforms = uniform_numbers(request.sampling)
-        self.at = number
+        self.at = -1
         """Its row in the tensors of the steps."""
         self.length = 0
         """Tokens so far."""
@@ -65,6 +65,11 @@ class SampledRow:
         self._logprobs.append(logprobs[:end])
         self._supports += [each for each in supports[:end] if each is not None]
         self.length += end
+
+    @property
+    def newest(self) -> int:
+        """The last token; 0 before the first one."""
+        return int(self._token_ids[-1][-1]) if self._token_ids else 0
 
     @property
     def has_stop_string(self) -> bool:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from vlmrl.config.inference import VllmConfig
+from vlmrl.config.inference import Batching, EmbeddedConfig, VllmConfig
 from vlmrl.config.orchestrator import MAX_STOP
 from vlmrl.config.run import RunConfig, group_of, schemas_of
 from vlmrl.config.weight_sync import FolderSyncConfig, RunningRequests, ServerSyncConfig
 from vlmrl.errors import ConfigError
+from vlmrl.preflight.site import Site
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Hosts in `inference.urls` that are certainly this one."""
@@ -122,6 +123,22 @@ def kept_requests_stay_apart(config: RunConfig) -> None:
             f"weight_sync.running_requests=keep needs servers that the run starts: those of inference.urls="
             f"{config.inference.urls} would also use the older weights' keys and values for new requests. Set "
             "weight_sync.running_requests=recompute, or let the run start its servers"
+        )
+
+
+def requests_can_enter(config: RunConfig, site: Site) -> None:
+    """One process samples on a GPU, where requests may enter a batch that runs."""
+    if not isinstance(config.inference, EmbeddedConfig) or config.inference.batching is Batching.together:
+        return
+    obstacle = ""
+    if site.ranks > 1:
+        obstacle = f"{site.ranks} ranks sample each batch in shares"
+    elif config.model.device == "cpu":
+        obstacle = "model.device=cpu samples batches whole"
+    if obstacle:
+        raise ConfigError(
+            f"inference.batching=rolling lets requests enter a batch that runs, and {obstacle}, so it would have no "
+            "effect: set inference.batching=together"
         )
 
 

@@ -19,6 +19,7 @@ from vlmrl.inference.embedded import cache_memory, generator, kv_plan, prefill_c
 from vlmrl.inference.embedded import prefill as embedded_prefill
 from vlmrl.inference.embedded.generator import Generator
 from vlmrl.inference.embedded.requests import Request, SessionCache
+from vlmrl.inference.embedded.row_batch import Entering
 from vlmrl.inference.embedded.row_decoding import RowDecoder
 from vlmrl.models.families import family_of
 from vlmrl.models.families.positions import position_function
@@ -72,9 +73,9 @@ def run(policy: Policy, requests: list[Request], slots: int) -> tuple[list[Compl
     engine = Generator(policy, free=free)
     decode = RowDecoder.decode
 
-    def counted(self: RowDecoder, version: int, some: list[Request], *rest: Any) -> Any:
-        sizes.append(len(some))
-        return decode(self, version, some, *rest)
+    def counted(self: RowDecoder, version: int, entering: Entering, *rest: Any) -> Any:
+        sizes.append(len(entering.requests))
+        return decode(self, version, entering, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowDecoder, "decode", counted)
@@ -146,16 +147,16 @@ def test_turns_are_forgotten_where_there_is_no_room_for_more(policy: Policy) -> 
 
 def test_a_part_that_runs_out_of_memory_is_halved(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, _, _ = run(policy, batch(), 10**6)
-    inner = Generator._run_part
+    inner = Generator.prefilled
     tried: list[int] = []
 
-    def cramped(self: Generator, decoder: RowDecoder, requests: list[Request], version: int) -> Any:
+    def cramped(self: Generator, requests: list[Request], *rest: Any) -> Any:
         tried.append(len(requests))
         if len(requests) > 4:
             raise torch.OutOfMemoryError("planted")
-        return inner(self, decoder, requests, version)
+        return inner(self, requests, *rest)
 
-    monkeypatch.setattr(Generator, "_run_part", cramped)
+    monkeypatch.setattr(Generator, "prefilled", cramped)
     found, _, _ = run(policy, batch(), 10**6)
     assert tried == [12, 6, 3, 3, 6, 3, 3]
     same(found, wanted)

@@ -63,7 +63,7 @@ class Echo(Generator):
         self.cleared = self.forgotten = 0
         self.fails = False
 
-    def run(self, requests: Any, version: int) -> list[Completion]:
+    def run(self, requests: Any, version: int, intake: Any = None) -> list[Completion]:
         if self.fails:
             raise NonFiniteLossError("planted")
         self.batches.append(list(requests))

@@ -26,7 +26,8 @@ from vlmrl.inference.embedded import generator, prefill_chunks, row_decoding
 from vlmrl.inference.embedded.decode_state import DecodeState
 from vlmrl.inference.embedded.device_sampling import Draw, Final, draw_tokens
 from vlmrl.inference.embedded.kv_cache import KVCache
-from vlmrl.inference.embedded.row_decoding import WHOLE, RowDecoder
+from vlmrl.inference.embedded.row_decoding import RowDecoder
+from vlmrl.inference.embedded.row_layout import WHOLE
 from vlmrl.inference.embedded.sampling import Shape
 from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
 from vlmrl.inference.embedded.step_graphs import CompiledLayers, StepGraphs
