@@ -14,6 +14,8 @@ large_family.py.
     exact      attention of a decode step against one softmax in float64, at each shape's sizes
     rate       sampled tokens per second of whole calls, prefill included; one warm-up, then the median of the rounds;
                by each of `--decoders`: `embedded` or the reference decoder
+    turns      conversations of four turns whose answers have an eighth of the new tokens up to all of them, the same
+               by `inference.batching=together` and `rolling`; tokens per second of the whole
     offline    the same shapes by `vllm.LLM.generate` (benchmarks/shared_prefix.py), in a process of its own
     equal      the share of completions at equal seeds that the fast decoder and the reference decoder agree on, and of
                their tokens before the first difference, with at most `--compare-tokens` new tokens
@@ -187,6 +189,59 @@ def rate(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
         span = f"{min(rates):,.0f} to {max(rates):,.0f}"
         print(f"| {shape} | {name} | {statistics.median(rates):,.0f} | {span} | {first:.2f} | {peak:.1f} |", flush=True)
+
+
+TURNS = 4
+REPLY = 64
+"""Tokens between two answers of a conversation."""
+
+
+def turns(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
+    """Sampled tokens per second of conversations."""
+    print("\n| shape | batching | tokens/s | rounds | faster |\n|---|---|---|---|---|", flush=True)
+    parts = made(args, args.dtype)
+    for shape in shapes:
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        for number in range(args.rounds + 1):  # the first one compiles
+            for is_rolling, found in rates.items():
+                found.append(conversations(args, parts, shape, 1 + number, is_rolling))
+        faster = statistics.median(b / a for a, b in zip(rates[False][1:], rates[True][1:], strict=True))
+        for is_rolling, (_, *found) in rates.items():
+            name, gain = ("rolling", f"{faster:.2f} ×") if is_rolling else ("together", "")
+            span = f"{min(found):,.0f} to {max(found):,.0f}"
+            print(f"| {shape} | {name} | {statistics.median(found):,.0f} | {span} | {gain} |", flush=True)
+
+
+def conversations(args: argparse.Namespace, parts: tuple[Any, Any], shape: Shape, seed: int, is_rolling: bool) -> float:
+    """Tokens per second; the lengths of all answers are known before."""
+    from vlmrl.inference.embedded.engine import EmbeddedEngine
+    from vlmrl.types import SamplingParams
+
+    policy, renderer = parts
+    prompts = prompts_of(args, policy, renderer, shape, seed)
+    asked = [prompt for prompt in prompts for _ in range(shape.siblings)]
+    lengths = np.random.default_rng(seed).integers(max(1, shape.new // 8), shape.new + 1, (len(asked), TURNS))
+
+    async def one(session: Any, prompt: Any, number: int) -> None:
+        random = np.random.default_rng((seed, number))
+        async with session:
+            for turn, new in enumerate(lengths[number].tolist()):
+                sampling = SamplingParams(new, 1.0, (), (), (seed * 1_000_000 + number) * TURNS + turn)
+                said = await session.generate(prompt, sampling)
+                reply = random.integers(10, len(policy.banned) // 2, REPLY)
+                prompt = replace(prompt, token_ids=np.concatenate([prompt.token_ids, said.token_ids, reply]))
+
+    async def everything() -> None:
+        engine = EmbeddedEngine(policy, lambda: 0, 1 << 20, is_rolling=is_rolling)
+        sessions = [engine.session(str(number)) for number in range(len(asked))]
+        pairs = enumerate(zip(sessions, asked, strict=True))
+        await asyncio.gather(*(one(session, prompt, number) for number, (session, prompt) in pairs))
+        await engine.stop()
+
+    with decoder(fast=True):
+        started = time.perf_counter()
+        asyncio.run(everything())
+        return float(lengths.sum()) / (time.perf_counter() - started)
 
 
 def equal(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
@@ -391,7 +446,8 @@ def main() -> None:
         command = [sys.executable, str(REPOSITORY / "benchmarks" / "shared_prefix.py"), "--only-offline"]
         print("| shape | side | tokens/s | of three rounds |\n|---|---|---|---|", flush=True)
         subprocess.run([*command, "--offline", str(args.checkpoint), "--shapes", args.shapes], check=True)
-    for name, part in {"exact": exact, "rate": rate, "equal": equal, "mismatch": mismatch, "profile": profile}.items():
+    of_name = {"exact": exact, "rate": rate, "turns": turns, "equal": equal, "mismatch": mismatch, "profile": profile}
+    for name, part in of_name.items():
         if name in parts:
             part(args, shapes)
     if "start" in parts:

@@ -44,7 +44,7 @@ REHEARSALS = {
     "digits.py": "--seeds 0 trainer.max_steps=2 trainer.warmup.steps=2 orchestrator.eval.problems=4",
     "embedded_gpu.py": (
         "--size tiny --device cpu --shapes 2x5x37x16 --rounds 1 --starts 1 "
-        "--parts exact,rate,equal,mismatch,start,profile --decoders embedded,reference"
+        "--parts exact,rate,turns,equal,mismatch,start,profile --decoders embedded,reference"
     ),
     "endpoint.py": "--sessions 2 --turns 2 --new-tokens 4 --rounds 1 --requests 2",
     "env_workers.py": "--draw-ms 0.05 --groups 2 --group-size 2 --turns 2 --rounds 1",

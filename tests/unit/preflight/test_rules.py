@@ -66,6 +66,7 @@ def later_refusals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
         assert config is not None
         yield refused(Stage.submitted, submitted_site(config, submission), *SERVES)
     yield refused(Stage.here, Site(ranks=2), "model.device=cuda:0", "trainer.sharding=none")
+    yield refused(Stage.here, Site(ranks=2), "model.device=auto", "inference.batching=rolling")
     with monkeypatch.context() as patch:
         patch.setattr(installed, "is_installed", lambda package: False)
         yield refused(Stage.here, Site(), "inference=vllm")

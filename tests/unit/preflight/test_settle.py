@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
 
 from vlmrl.config.monitor import WandbMode
 from vlmrl.config.run import RunConfig
@@ -33,3 +36,11 @@ def test_layers_are_compiled_on_a_gpu_only(run_config: Callable[..., RunConfig])
     assert settle(run_config(*small, "trainer.compile=true"))[0].trainer.compile is True
     assert settle(run_config(*small, "model.device=cuda"))[0].trainer.compile is True
     assert settle(run_config("monitor.wandb.mode=disabled"))[0].trainer.compile is False
+
+
+def test_requests_enter_batches_on_a_gpu_only(run_config: Callable[..., RunConfig]) -> None:
+    rolling = ("inference.batching=rolling", "trainer.compile=false", "monitor.wandb.mode=disabled")
+    with patch("vlmrl.models.checkpoints.load.resolve_device", return_value=torch.device("cpu")):
+        _, (note,) = settle(run_config(*rolling, "model.device=auto"))
+    assert note.startswith("inference.batching=rolling has no effect here")
+    assert settle(run_config(*rolling, "model.device=cuda"))[1] == []
