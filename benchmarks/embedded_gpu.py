@@ -14,8 +14,9 @@ large_family.py.
     exact      attention of a decode step against one softmax in float64, at each shape's sizes
     rate       sampled tokens per second of whole calls, prefill included; one warm-up, then the median of the rounds;
                by each of `--decoders`: `embedded` or the reference decoder
-    turns      conversations of four turns whose answers have an eighth of the new tokens up to all of them, the same
-               by `inference.batching=together` and `rolling`; tokens per second of the whole
+    turns      conversations of four turns, the same by `inference.batching=together` and `rolling`; tokens per second
+               of the whole. Answers have an eighth of the new tokens up to all of them (even), or a median of an
+               eighth, log-normal with sigma 1, and at most all (long tail)
     offline    the same shapes by `vllm.LLM.generate` (benchmarks/shared_prefix.py), in a process of its own
     equal      the share of completions at equal seeds that the fast decoder and the reference decoder agree on, and of
                their tokens before the first difference, with at most `--compare-tokens` new tokens
@@ -198,21 +199,24 @@ REPLY = 64
 
 def turns(args: argparse.Namespace, shapes: Sequence[Shape]) -> None:
     """Sampled tokens per second of conversations."""
-    print("\n| shape | batching | tokens/s | rounds | faster |\n|---|---|---|---|---|", flush=True)
+    print("\n| shape | answers | batching | tokens/s | rounds | faster |\n|---|---|---|---|---|---|", flush=True)
     parts = made(args, args.dtype)
-    for shape in shapes:
+    for shape, kind in product(shapes, ("even", "long tail")):
         rates: dict[bool, list[float]] = {False: [], True: []}
         for number in range(args.rounds + 1):  # the first one compiles
             for is_rolling, found in rates.items():
-                found.append(conversations(args, parts, shape, 1 + number, is_rolling))
+                found.append(conversations(args, parts, shape, kind, 1 + number, is_rolling))
+                print(f"{shape} {kind} rolling={is_rolling} round {number}: {found[-1]:,.0f}", file=sys.stderr)
         faster = statistics.median(b / a for a, b in zip(rates[False][1:], rates[True][1:], strict=True))
         for is_rolling, (_, *found) in rates.items():
             name, gain = ("rolling", f"{faster:.2f} ×") if is_rolling else ("together", "")
             span = f"{min(found):,.0f} to {max(found):,.0f}"
-            print(f"| {shape} | {name} | {statistics.median(found):,.0f} | {span} | {gain} |", flush=True)
+            print(f"| {shape} | {kind} | {name} | {statistics.median(found):,.0f} | {span} | {gain} |", flush=True)
 
 
-def conversations(args: argparse.Namespace, parts: tuple[Any, Any], shape: Shape, seed: int, is_rolling: bool) -> float:
+def conversations(
+    args: argparse.Namespace, parts: tuple[Any, Any], shape: Shape, kind: str, seed: int, is_rolling: bool
+) -> float:
     """Tokens per second; the lengths of all answers are known before."""
     from vlmrl.inference.embedded.engine import EmbeddedEngine
     from vlmrl.types import SamplingParams
@@ -220,7 +224,12 @@ def conversations(args: argparse.Namespace, parts: tuple[Any, Any], shape: Shape
     policy, renderer = parts
     prompts = prompts_of(args, policy, renderer, shape, seed)
     asked = [prompt for prompt in prompts for _ in range(shape.siblings)]
-    lengths = np.random.default_rng(seed).integers(max(1, shape.new // 8), shape.new + 1, (len(asked), TURNS))
+    draw, size = np.random.default_rng(seed), (len(asked), TURNS)
+    median = max(1, shape.new // 8)
+    if kind == "even":
+        lengths = draw.integers(median, shape.new + 1, size)
+    else:
+        lengths = draw.lognormal(np.log(median), 1.0, size).astype(np.int64).clip(1, shape.new)
 
     async def one(session: Any, prompt: Any, number: int) -> None:
         random = np.random.default_rng((seed, number))

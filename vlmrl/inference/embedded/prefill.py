@@ -205,16 +205,20 @@ def cut_segments(
     token types of the new rows."""
     segments: list[Segment] = []
     segment_of: dict[int, int] = {}
+    nothing = np.empty(0, np.int64)
     for index, (parent, start, end) in enumerate(tree.segments):
         fresh_from = start + int((row[start:end] < 0).sum())
         above = segment_of[parent] if parent >= 0 else -1
         for a, b in ((start, fresh_from), (fresh_from, end)):
             if a < b:
-                fresh_rows = row[a:b] if a == fresh_from else np.empty(0, np.int64)
-                segments.append(Segment(above, slot[a:b], fresh_rows, image_ends(types[fresh_rows])))
+                fresh_rows = row[a:b] if a == fresh_from else nothing
+                ends = image_ends(types[fresh_rows]) if len(fresh_rows) else nothing
+                segments.append(Segment(above, slot[a:b], fresh_rows, ends))
                 above = len(segments) - 1
         segment_of[index] = above
-    ends = [end for _, _, end in tree.segments]
-    for prompt, nodes in zip(prompts, tree.rows, strict=True):
-        prompt.segment = segment_of[int(np.searchsorted(ends, nodes[-1], side="right"))]
+    last_segments = np.searchsorted(
+        [end for _, _, end in tree.segments], [nodes[-1] for nodes in tree.rows], side="right"
+    )
+    for prompt, last in zip(prompts, last_segments.tolist(), strict=True):
+        prompt.segment = segment_of[last]
     return segments

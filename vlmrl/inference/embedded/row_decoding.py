@@ -192,11 +192,13 @@ class RowDecoder:
         fresh, prefilled = self._batch(entering), entering.prefilled
         states |= {id(row): prefilled.states[row.prompt] for row in fresh.rows}
         kind = self._begin(fresh, prefilled, call)
-        self._read(self._fetch(fresh.rows, 1))
-        computed = self._leave(fresh, call)
+        fetched = self._fetch(fresh.rows, 1)
+        joined = batch.joined(fresh)  # while the device computes
+        self._read(fetched)
+        computed = self._leave(joined, call)
         # No step computes what has left, from here on.
-        self._model.kv_cache.give_back(_unused([*batch.left, *fresh.left]))
-        joined = batch.joined(fresh)
+        self._model.kv_cache.give_back(_unused([*batch.left, *joined.left]))
+        joined.left = []
         if joined.rows:
             kind = self._prepare(joined, [states[id(row)] for row in joined.rows], call)
         return joined, kind, computed
