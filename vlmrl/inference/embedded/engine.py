@@ -12,7 +12,7 @@ entries of its last turn.
 
 Sampling (sampling.py) takes one uniform number per token from the request's own seed, so a completion does not depend
 on the other requests of the batch. A batch is formed from the open sessions, never after a time limit. So runs repeat
-bit for bit.
+bit for bit, unless `inference.batching=rolling` lets requests enter a batch that runs (arrivals.py, row_batch.py).
 
 Sessions of foreign programs are not awaited (`session(…, is_awaited=False)`): a program may take any time between two
 requests, and waiting for all of them would never end where two wait for each other. While some of them have no request,
