@@ -102,7 +102,7 @@ class Generator:
         further requests enter while the batch runs; only the decoder of GPUs takes some."""
         self._model.use_version(version)
         if self._rows is not None:
-            running = _Running(self, self._model, self._memory, intake)
+            running = _Running(self, self._model, self._memory, requests, intake)
             self._run_by_rows(self._rows, running, requests, version)
             return [running.found[id(request)] for request in requests]
         assert intake is None, "the reference decoder takes no further requests"
@@ -121,6 +121,8 @@ class Generator:
         enters it any more."""
         for part in self._memory.parts(requests):
             chosen = [requests[index] for index in part]
+            if len(chosen) < len(requests):
+                running.takes = False  # the other parts come first
             if self._tried(decoder, running, chosen, version):
                 continue
             left = [request for request in chosen if id(request) not in running.found]
@@ -156,27 +158,38 @@ class Generator:
 class _Running:
     """A batch that runs, and what it has to do with its engine; implements `Company`."""
 
-    def __init__(self, generator: Generator, model: CachedPolicy, memory: CacheMemory, intake: Intake | None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        model: CachedPolicy,
+        memory: CacheMemory,
+        requests: Sequence[Request],
+        intake: Intake | None,
+    ) -> None:
+        """`requests`: those that the batch starts with."""
         self._generator, self._model, self._memory, self._intake = generator, model, memory, intake
-        self._takes = intake is not None
+        self._first = {id(request) for request in requests}
+        self.takes = True
+        """Whether something may enter, if there is an intake."""
         self.found: dict[int, Completion] = {}
-        """By the id of the request."""
+        """Of the requests that the batch has started with, by their ids."""
 
     def take(self, running: int) -> Entering | None:
         if self._intake is None:
             return None
         requests = self._intake.waiting(running)
-        if not requests or not self._takes or not self._memory.has_room_beside(requests, running):
+        if not requests or not self.takes or not self._memory.has_room_beside(requests, running):
             return None
         self._intake.enter(requests)
         return self._generator.prefilled(requests, *distinct_prompts(self._model, requests))
 
     def ended(self, request: Request, completion: Completion) -> None:
-        self.found[id(request)] = completion
+        if id(request) in self._first:
+            self.found[id(request)] = completion
         if self._intake is not None:
             self._intake.ended(request, completion)
 
     def withdraw(self) -> bool:
         """After an attempt that has failed: nothing enters any more → whether something had."""
-        self._takes = False
+        self.takes = False
         return self._intake is not None and self._intake.withdraw()

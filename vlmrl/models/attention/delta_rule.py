@@ -37,7 +37,9 @@ class _HalfPrecisionKernel:
         """query [B, tokens, …]."""
         step = current_step()
         if step is not None and self._has_step and uses_kernels(query.device):
-            return self._step(step, *inspect.signature(self._reference).bind(query, *args, **kwargs).args)
+            given = inspect.signature(self._reference).bind(query, *args, **kwargs)
+            given.apply_defaults()
+            return self._step(step, *given.args)
         if query.dtype in (torch.bfloat16, torch.float16) and query.shape[1] > 1:
             return self._kernel(query, *args, **kwargs)
         if query.device.type == "mps":  # it has no float64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -169,6 +169,22 @@ def test_what_has_no_room_waits_for_the_next_batch(
 ) -> None:
     wanted, _ = play(policy, texts(), 3, False, monkeypatch)
     monkeypatch.setattr(CacheMemory, "has_room_beside", lambda *_: False)
+    found, _ = play(policy, texts(), 3, True, monkeypatch, is_rolling=True)
+    assert_same(wanted, found)
+    assert not entries
+
+
+def test_nothing_enters_before_all_parts_of_a_batch(
+    policy: Policy, entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, _ = play(policy, texts(), 3, False, monkeypatch)
+    parts = CacheMemory.parts
+
+    def two(self: CacheMemory, requests: Sequence[Any]) -> Iterator[list[int]]:
+        whole = [index for part in parts(self, requests) for index in part]
+        yield from (part for part in (whole[:7], whole[7:]) if part)
+
+    monkeypatch.setattr(CacheMemory, "parts", two)
     found, _ = play(policy, texts(), 3, True, monkeypatch, is_rolling=True)
     assert_same(wanted, found)
     assert not entries

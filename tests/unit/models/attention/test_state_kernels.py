@@ -101,7 +101,7 @@ def compile_all() -> None:
     for dtype, size in (("bf16", 128), ("fp16", 256), ("fp32", 64)):
         kinds = dict.fromkeys(("query", "key", "value", "beta", "out"), f"*{dtype}")
         kinds |= {"decay": "*fp32", "state": "*fp32", "alive": "*i1", "scale": "fp32"}
-        constants = {"H": 16, "K": size, "V": size, "KP": size, "N": kernels.COLUMNS, "NORMED": True}
+        constants = {"H": 16, "K": size, "V": size, "KP": size, "N": min(size, kernels.TILE // size), "NORMED": True}
         compile_for_an_h100(kernels._step, constants, kinds, {"num_warps": kernels.WARPS})
         kinds |= dict.fromkeys(("new", "window", "weight", "bias"), f"*{dtype}")
         constants = {"C": 24 * size, "W": 4, "K": 4, "N": kernels.CHANNELS, "BIASED": size == 64}
