@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from support.helpers import END, extended, image, prompt
@@ -14,6 +15,9 @@ from vlmrl.inference.embedded import generator
 from vlmrl.inference.embedded.engine import EmbeddedEngine
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, IntArray, Prompt, SamplingParams
+
+CLOSE = 1e-5
+"""Nats."""
 
 SYSTEM = list(range(40, 70))
 
@@ -58,6 +62,19 @@ def play(
         return await asyncio.gather(*(one(session, *each) for session, each in zip(sessions, asked, strict=True)))
 
     return asyncio.run(everything()), engine
+
+
+def assert_equal_turns(wanted: Sequence[Sequence[Turn]], found: Sequence[Sequence[Turn]]) -> None:
+    """Equal tokens, ends and supports, and logprobs within `CLOSE`."""
+    for theirs, ours in zip(wanted, found, strict=True):
+        for (_, expected), (_, said) in zip(theirs, ours, strict=True):
+            assert said.token_ids.tolist() == expected.token_ids.tolist()
+            np.testing.assert_allclose(said.logprobs, expected.logprobs, atol=CLOSE, rtol=0)
+            assert (said.finish_reason, said.stop) == (expected.finish_reason, expected.stop)
+            assert (said.supports is None) == (expected.supports is None)
+            if said.supports is not None and expected.supports is not None:
+                assert said.supports.token_ids.tolist() == expected.supports.token_ids.tolist()
+                assert said.supports.offsets.tolist() == expected.supports.offsets.tolist()
 
 
 def groups(sizes: Sequence[int], **others: Any) -> list[tuple[Prompt, SamplingParams]]:

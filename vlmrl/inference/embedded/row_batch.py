@@ -1,6 +1,8 @@
 """The rows that are decoded at once: they leave when they have ended, and others may enter.
 
-entering ─▶ rows ─▶ left        a row is a request; its prompt is in the KV cache, once for all rows that have it
+    entering ─▶ rows ─▶ left        a row is a request; its prompt is in the KV cache, once for all rows that have it
+
+Both happen where results are read (row_decoding.py), so the steps between two readings have the same rows.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from vlmrl.inference.embedded.prefill_chunks import whole_segments
 from vlmrl.inference.embedded.requests import Request
 from vlmrl.inference.embedded.sampled_row import SampledRow
 from vlmrl.inference.embedded.shared_prefixes import SharedPrefixes
-from vlmrl.models.attention.prefix_tree import sort_key
+from vlmrl.models.attention.prefix_tree import Segment, sort_key
 from vlmrl.types import Completion, IntArray
 
 
@@ -43,10 +45,17 @@ class Company(Protocol):
 class RowBatch:
     """Rows, in the order of their prompts."""
 
-    def __init__(self, prompts: Sequence[DistinctPrompt], slots: Sequence[IntArray], shared: SharedPrefixes) -> None:
-        """`slots`: of each prompt, in the KV cache; `shared`: what of them is read once for several rows."""
-        self.prompts, self.slots, self.shared = prompts, slots, shared
-        self.rows: list[SampledRow] = []
+    def __init__(
+        self,
+        prompts: Sequence[DistinctPrompt],
+        slots: Sequence[IntArray],
+        segments: Sequence[Segment],
+        rows: list[SampledRow],
+    ) -> None:
+        """`slots`: of each prompt, in the KV cache; `segments`: the prefix tree of the prompts."""
+        self.prompts, self.slots, self.rows = prompts, slots, rows
+        self.shared = SharedPrefixes(prompts, segments, [row.prompt for row in rows])
+        """What of the prompts is read once for several rows."""
         self.left: list[SampledRow] = []
         """Rows that the device may still be computing, although they have left."""
 
@@ -56,10 +65,7 @@ class RowBatch:
         order = sorted(range(len(entering.requests)), key=entering.request_prompt.__getitem__)
         rows = [row(entering.requests[number], entering.request_prompt[number]) for number in order]
         prefilled = entering.prefilled
-        shared = SharedPrefixes(entering.prompts, prefilled.segments, [each.prompt for each in rows])
-        batch = RowBatch(entering.prompts, prefilled.slots, shared)
-        batch.rows = rows
-        return batch
+        return RowBatch(entering.prompts, prefilled.slots, prefilled.segments, rows)
 
     def joined(self, other: RowBatch) -> RowBatch:
         """The rows of both. A prompt of one may begin as a prompt of the other does, and share what is read once."""
@@ -76,10 +82,7 @@ class RowBatch:
             row.prompt = order[key]
         prompts, slots = [known[key][0] for key in order], [known[key][1] for key in order]
         rows = sorted((row for _, row in keys), key=lambda row: row.prompt)
-        shared = SharedPrefixes(prompts, whole_segments(prompts, slots), [row.prompt for row in rows])
-        batch = RowBatch(prompts, slots, shared)
-        batch.rows = rows
-        return batch
+        return RowBatch(prompts, slots, whole_segments(prompts, slots), rows)
 
     def take_ended(self) -> list[SampledRow]:
         """Have the rows that have ended leave → these rows."""

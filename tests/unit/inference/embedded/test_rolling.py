@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from support.helpers import BANNED, prompt
-from support.played_rows import Turn, groups, params, play, spelled
+from support.played_rows import Turn, assert_equal_turns, groups, params, play, spelled
 from support.recurrent_models import InDoublePrecision, text_model
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.inference.embedded import generator
@@ -26,9 +26,6 @@ from vlmrl.inference.embedded.sampled_row import SampledRow
 from vlmrl.models.families.positions import position_function
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, Prompt, SamplingParams
-
-CLOSE = 1e-5
-"""Nats."""
 
 Entry = tuple[int, int]
 """Rows that went on when some entered, and these."""
@@ -67,15 +64,6 @@ def texts() -> list[tuple[Prompt, SamplingParams]]:
     return uneven([(prompt([*range(10, 40), 7 + i % 2]), params(10 * i)) for i in range(14)])
 
 
-def assert_same(wanted: Sequence[Sequence[Turn]], found: Sequence[Sequence[Turn]]) -> None:
-    for theirs, ours in zip(wanted, found, strict=True):
-        for (_, expected), (_, said) in zip(theirs, ours, strict=True):
-            assert said.token_ids.tolist() == expected.token_ids.tolist()
-            np.testing.assert_allclose(said.logprobs, expected.logprobs, atol=CLOSE, rtol=0)
-            assert (said.finish_reason, said.stop) == (expected.finish_reason, expected.stop)
-            assert (said.supports is None) == (expected.supports is None)
-
-
 def beside(entries: Sequence[Entry]) -> int:
     """Requests that entered beside others."""
     return sum(entered for running, entered in entries if running)
@@ -85,7 +73,7 @@ def test_turns_with_images(policy: Policy, entries: list[Entry], monkeypatch: py
     asked = uneven(groups([5, 1, 6]))
     wanted, reference = play(policy, asked, 3, False, monkeypatch)
     found, engine = play(policy, asked, 3, True, monkeypatch, is_rolling=True)
-    assert_same(wanted, found)
+    assert_equal_turns(wanted, found)
     assert beside(entries) >= 3
     for name, count in reference.metrics().items():
         if name == "inference/rows_prefill":  # what a prompt shares with others that came at another time is computed
@@ -98,7 +86,7 @@ def test_layers_that_carry_a_state(name: str, entries: list[Entry], monkeypatch:
     with InDoublePrecision():
         wanted, _ = play(policy, texts(), 3, False, monkeypatch)
         found, _ = play(policy, texts(), 3, True, monkeypatch, is_rolling=True)
-    assert_same(wanted, found)
+    assert_equal_turns(wanted, found)
     assert beside(entries) >= 3
 
 
@@ -112,7 +100,7 @@ def test_stop_strings_truncation_and_temperatures(
     asked = [(p, replace(s, stop=(stops[i],), **kinds[i % 4])) for i, (p, s) in enumerate(texts())]
     wanted, _ = play(policy, asked, 3, False, monkeypatch)
     found, _ = play(policy, asked, 3, True, monkeypatch, is_rolling=True)
-    assert_same(wanted, found)
+    assert_equal_turns(wanted, found)
     assert sum(turns[0][1].stop is not None for turns in found) >= 3
     assert beside(entries) >= 1
 
@@ -170,7 +158,7 @@ def test_what_has_no_room_waits_for_the_next_batch(
     wanted, _ = play(policy, texts(), 3, False, monkeypatch)
     monkeypatch.setattr(CacheMemory, "has_room_beside", lambda *_: False)
     found, _ = play(policy, texts(), 3, True, monkeypatch, is_rolling=True)
-    assert_same(wanted, found)
+    assert_equal_turns(wanted, found)
     assert not entries
 
 
@@ -186,7 +174,7 @@ def test_nothing_enters_before_all_parts_of_a_batch(
 
     monkeypatch.setattr(CacheMemory, "parts", two)
     found, _ = play(policy, texts(), 3, True, monkeypatch, is_rolling=True)
-    assert_same(wanted, found)
+    assert_equal_turns(wanted, found)
     assert not entries
 
 
@@ -219,7 +207,7 @@ def test_memory_that_runs_out_where_requests_enter(
     monkeypatch.setattr(Generator, "prefilled", of_prompts)
     monkeypatch.setattr(RowDecoder, "_enter", of_rows)
     found, _ = play(policy, texts(), 3, True, monkeypatch, is_rolling=True)
-    assert_same(wanted, found)
+    assert_equal_turns(wanted, found)
     assert failed
 
 
@@ -286,7 +274,7 @@ def test_the_comparison_finds_rows_that_are_laid_out_wrong(policy: Policy, monke
     with monkeypatch.context() as patch:
         patch.setattr(SampledRow, "newest", property(lambda row: 5))
         with pytest.raises(AssertionError):
-            assert_same(wanted, play(policy, texts(), 2, True, patch, is_rolling=True)[0])
+            assert_equal_turns(wanted, play(policy, texts(), 2, True, patch, is_rolling=True)[0])
     joined = RowBatch.joined
 
     def mixed_up(self: RowBatch, other: RowBatch) -> RowBatch:
@@ -297,7 +285,7 @@ def test_the_comparison_finds_rows_that_are_laid_out_wrong(policy: Policy, monke
     with monkeypatch.context() as patch:
         patch.setattr(RowBatch, "joined", mixed_up)
         with pytest.raises(AssertionError):
-            assert_same(wanted, play(policy, texts(), 2, True, patch, is_rolling=True)[0])
+            assert_equal_turns(wanted, play(policy, texts(), 2, True, patch, is_rolling=True)[0])
 
 
 @pytest.mark.gpu

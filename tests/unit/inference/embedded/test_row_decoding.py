@@ -19,7 +19,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from support import attention_kinds as kinds
 from support import gpu_path as path
 from support.helpers import BANNED, END, prompt
-from support.played_rows import Turn, groups, params, play
+from support.played_rows import CLOSE, Turn, assert_equal_turns, groups, params, play
 from support.recurrent_models import InDoublePrecision, text_model
 from vlmrl.errors import NonFiniteLossError
 from vlmrl.inference.embedded import generator, prefill_chunks, row_decoding
@@ -38,9 +38,6 @@ from vlmrl.models.families.positions import position_function
 from vlmrl.models.logit_map import IDENTITY, LogitMap
 from vlmrl.models.policy import Policy
 from vlmrl.types import Completion, IntArray, Prompt, SamplingParams
-
-CLOSE = 1e-5
-"""Nats."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +58,7 @@ def assert_same(
     found, engine = play(policy, asked, turns, True, patch)
     assert isinstance(engine._generator, generator.Generator)
     assert isinstance(engine._generator._rows, RowDecoder)
-    for theirs, ours in zip(wanted, found, strict=True):
-        for (_, expected), (_, said) in zip(theirs, ours, strict=True):
-            assert said.token_ids.tolist() == expected.token_ids.tolist()
-            np.testing.assert_allclose(said.logprobs, expected.logprobs, atol=CLOSE, rtol=0)
-            assert (said.finish_reason, said.stop) == (expected.finish_reason, expected.stop)
-            assert (said.supports is None) == (expected.supports is None)
-            if said.supports is not None and expected.supports is not None:
-                assert said.supports.token_ids.tolist() == expected.supports.token_ids.tolist()
-                assert said.supports.offsets.tolist() == expected.supports.offsets.tolist()
+    assert_equal_turns(wanted, found)
     return wanted
 
 
